@@ -1,0 +1,67 @@
+"""Model files: written whole or not at all, and checked before anything in them is used."""
+
+import io
+import json
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.save_util import json_to_data, open_path
+
+
+@contextmanager
+def replace_when_written(target: Path) -> Iterator[Path]:
+    """
+    Write a file beside its target and rename it at the end, so that a failure leaves the previous file whole.
+
+    :param target: The file to replace; its folder is made if it is missing
+    :return: The path to write to, in the same folder and with the same ending as the target
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex}{target.suffix}")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_model_file(path: str | Path | io.BufferedIOBase, policy_class: type, algorithm_name: str) -> None:
+    """
+    Check that a file is a whole model of an algorithm.
+
+    :param path: The file, as SB3's ``load`` takes it
+    :param policy_class: The class that the saved policy must derive from
+    :param algorithm_name: The algorithm's name, for the errors
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is truncated, damaged, not a zip file, or saved by another algorithm
+    """
+    file: Any = open_path(path, "r", suffix="zip")
+    try:
+        saved_class = _read_policy_class(file)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError) as error:
+        raise ValueError(f"path must be a whole model file of {algorithm_name}, got {path}: {error}") from error
+    finally:
+        if isinstance(path, (str, Path)):
+            file.close()
+        else:
+            file.seek(0)
+    if not issubclass(saved_class, policy_class):
+        raise ValueError(f"path must be a model of {algorithm_name}, got {path} with the policy {saved_class.__name__}")
+
+
+def _read_policy_class(file: io.BufferedIOBase) -> type:
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        data = json.loads(archive.read("data"))
+    saved: type = json_to_data(json.dumps({"policy_class": data["policy_class"]}))["policy_class"]
+    return saved

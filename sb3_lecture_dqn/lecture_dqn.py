@@ -1,0 +1,512 @@
+"""
+The lecture's DQN, in the order in which the lecture builds it.
+
+The first part is its mathematics, as functions that hold no state. The second part, :class:`LectureDQN`, is the bookkeeping
+that Stable-Baselines3 expects around them. Symbols: θ online parameters, ψ target parameters, d the done flag, π the greedy
+policy, π_E the exploration policy, D the replay buffer, B a training batch.
+
+The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provides; each line of it lands here::
+
+    collected_data = collect_training_data(env, pi_e)   # predict(deterministic=False), then SB3's collect_rollouts
+    dataset += collected_data                           # SB3's ReplayBuffer.add
+    train_data = dataset.sample()                       # train, by numpy_draws_from(random_generator)
+    theta = train(Q, theta, psi, train_data)            # train
+    psi = theta                                         # _on_step, every target_update_interval steps
+    metrics = evaluate(env, pi)                         # predict(deterministic=True), by EvalCallback
+"""
+
+import inspect
+import io
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
+
+from sb3_lecture_dqn.files import check_model_file, replace_when_written
+from sb3_lecture_dqn.metrics import RunningMeans
+from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
+from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
+from sb3_lecture_dqn.validation import (
+    check_action_space,
+    check_at_least,
+    check_in_unit_interval,
+    check_policy_class,
+    check_positive_int,
+)
+
+SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
+
+# --- The mathematics ------------------------------------------------------------------------------------------------------
+
+
+def epsilon_greedy(
+    greedy_actions: np.ndarray, random_actions: np.ndarray, u: np.ndarray, exploration_rate: float
+) -> np.ndarray:
+    """
+    The exploration policy π_E (L9): U(A) if u ≤ ε, argmax_a Q(s, a) if u > ε.
+
+    :param greedy_actions: argmax_a Q(s, a, θ) of each environment, shape (n_envs,)
+    :param random_actions: A draw from U(A) for each environment, shape (n_envs,)
+    :param u: A draw from U[0, 1] for each environment, shape (n_envs,)
+    :param exploration_rate: ε, in [0, 1]
+    :return: Actions, shape (n_envs,)
+    """
+    return np.where(u <= exploration_rate, random_actions, greedy_actions)
+
+
+def td_target(rewards: th.Tensor, dones: th.Tensor, next_q_values: th.Tensor, discounts: th.Tensor | float) -> th.Tensor:
+    """
+    The target of the Q function (L12): r + ¬d γ max_a' Q(s', a', ψ).
+
+    :param rewards: r, shape (B, 1)
+    :param dones: d, shape (B, 1), 1 where the episode ends, else 0
+    :param next_q_values: Q(s', ·, ψ), shape (B, |A|)
+    :param discounts: γ, or with n-step returns γⁿ of each transition, shape (B, 1)
+    :return: Targets, shape (B, 1)
+    """
+    not_done = 1 - dones
+    return rewards + not_done * discounts * next_q_values.max(dim=1, keepdim=True).values
+
+
+def squared_td_error(q_values: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    The objective (L12): (Q(s, a, θ) − target)², mean over the batch.
+
+    :param q_values: Q(s, a, θ) of the actions taken, shape (B, 1)
+    :param targets: Targets, shape (B, 1), without gradient
+    :return: The loss, a scalar
+    """
+    return (q_values - targets).square().mean()
+
+
+# --- The algorithm --------------------------------------------------------------------------------------------------------
+
+
+class LectureDQN(OffPolicyAlgorithm):
+    """
+    Deep Q Network as the lecture builds it; a drop-in for ``stable_baselines3.DQN``.
+
+    It takes DQN's arguments in DQN's order. What differs, and where it comes from in the lecture: the squared loss (L12); d =
+    terminated ∨ truncated (L2); the network and its small final layer (L6, L8); an ε-greedy draw for each environment (L9);
+    no gradient clipping unless asked for; defaults that learn.
+
+    :param policy: The policy to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of
+        :class:`~sb3_lecture_dqn.policies.LectureDQNPolicy`
+    :param env: The environment to learn from, with a ``Discrete`` action space; an id string is made without a render mode
+    :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0)
+    :param buffer_size: Maximum number of transitions in D (L11), at least 1
+    :param learning_starts: Number of steps with uniform actions before learning starts
+    :param batch_size: Number of transitions in B (L11), at least 1
+    :param tau: Share of θ in a target update, in [0, 1]; the lecture's hard copy is 1 (L13)
+    :param gamma: The discount factor γ (L1), in [0, 1]
+    :param train_freq: Train every ``train_freq`` steps; or a tuple like ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: Gradient steps per training; -1 for as many as there were environment steps
+    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``); ``None`` selects SB3's
+    :param replay_buffer_kwargs: Keyword arguments of the replay buffer. ``dict(handle_timeout_termination=True)`` makes d =
+        terminated alone; by default d is the lecture's terminated ∨ truncated (L2)
+    :param optimize_memory_usage: Whether D stores each observation once, at the cost of more complexity
+    :param n_steps: Number of rewards in a target, at least 1; the lecture's is 1. More uses SB3's ``NStepReplayBuffer``
+    :param target_update_interval: Number of environment steps between two updates of ψ (L13), at least 1
+    :param exploration_fraction: Share of the training over which ε falls, in [0, 1]
+    :param exploration_initial_eps: First ε, in [0, 1]
+    :param exploration_final_eps: Last ε, in [0, 1]
+    :param max_grad_norm: Largest norm of the gradient, above 0; ``None`` for no clipping, as in the lecture
+    :param stats_window_size: Number of episodes that the logged means are taken over
+    :param tensorboard_log: Folder of the TensorBoard logs (``None`` for none)
+    :param policy_kwargs: Keyword arguments of the policy
+    :param verbose: 0 for no output, 1 for information, 2 for debugging
+    :param seed: Seed of every generator that the algorithm draws from
+    :param device: PyTorch device; ``"auto"`` takes a GPU if there is one
+    :param _init_setup_model: Whether to build the networks now
+    :raises ValueError: if a value is out of its range, or the policy is not one of this package
+    :raises AssertionError: if the action space is not ``Discrete`` from 0
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    # Gradient steps between two reads of the training metrics from the device.
+    metrics_interval: ClassVar[int] = 100
+
+    action_space: spaces.Discrete
+    exploration_schedule: Schedule
+    q_net: QNetwork
+    q_net_target: QNetwork
+    policy: LectureDQNPolicy
+    random_generator: np.random.Generator
+
+    def __init__(
+        self,
+        policy: str | type[LectureDQNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 5e-4,
+        buffer_size: int = 100_000,
+        learning_starts: int = 1_000,
+        batch_size: int = 128,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = -1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        target_update_interval: int = 250,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        check_policy_class(policy, self.policy_aliases, LectureDQNPolicy)
+        if isinstance(env, str):
+            # SB3 would make it with render_mode="rgb_array", with which LunarLander takes five times as long for a step.
+            env = gymnasium.make(env)
+        if env is not None:  # load() without an environment passes None
+            check_action_space(env.action_space)
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise=None,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Discrete,),
+            support_multi_env=True,
+        )
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.exploration_fraction = exploration_fraction
+        self.target_update_interval = target_update_interval
+        self.max_grad_norm = max_grad_norm
+        self.exploration_rate = 0.0
+        self._n_calls = 0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    # Set-up: Q, θ, ψ, D
+
+    def _setup_model(self) -> None:
+        self._check_hyperparameters()
+        self._set_default_done_flag()
+        # SB3 makes D here. One transition stands in for it, which checks its arguments; the property below makes the real one
+        # when somebody asks for it, and a model that is loaded to play never does.
+        buffer_size, self.buffer_size = self.buffer_size, 1
+        allocated_buffer = self.replay_buffer
+        super()._setup_model()
+        self.buffer_size = buffer_size
+        self.replay_buffer = allocated_buffer
+
+        self._create_aliases()
+        self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
+        self.exploration_schedule = LinearSchedule(
+            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
+        )
+        self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
+        if self.n_envs > self.target_update_interval:
+            warnings.warn(
+                f"target_update_interval ({self.target_update_interval}) is smaller than the number of environments "
+                f"({self.n_envs}): the target network is updated after each step of all environments",
+                stacklevel=2,
+            )
+
+    def _check_hyperparameters(self) -> None:
+        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval"):
+            check_positive_int(name, getattr(self, name))
+        for name in (
+            "gamma",
+            "tau",
+            "exploration_fraction",
+            "exploration_initial_eps",
+            "exploration_final_eps",
+        ):
+            check_in_unit_interval(name, getattr(self, name))
+        check_at_least("learning_starts", self.learning_starts, 0)
+        if not callable(self.learning_rate):
+            check_at_least("learning_rate", self.learning_rate, 0)
+        if self.max_grad_norm is not None:
+            check_at_least("max_grad_norm", self.max_grad_norm, 0)
+
+    def _set_default_done_flag(self) -> None:
+        """d = terminated ∨ truncated (L2), unless the user or a buffer of their own says otherwise."""
+        if self.replay_buffer_class is not None:
+            parameters = inspect.signature(self.replay_buffer_class).parameters
+            if "handle_timeout_termination" not in parameters:
+                return
+        # A copy: the user's dictionary stays as it was.
+        self.replay_buffer_kwargs = {"handle_timeout_termination": False, **self.replay_buffer_kwargs}
+
+    def _create_aliases(self) -> None:
+        self.q_net = self.policy.q_net
+        self.q_net_target = self.policy.q_net_target
+
+    @property
+    def replay_buffer(self) -> ReplayBuffer | None:
+        """D, the replay buffer (L11), allocated when it is first asked for."""
+        if self.__dict__.get("replay_buffer") is None and hasattr(self, "policy"):
+            self.replay_buffer = self._make_replay_buffer()
+        return self.__dict__.get("replay_buffer")
+
+    @replay_buffer.setter
+    def replay_buffer(self, replay_buffer: ReplayBuffer | None) -> None:
+        # Under SB3's own name, so that save(include=["replay_buffer"]) finds it.
+        self.__dict__["replay_buffer"] = replay_buffer
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        assert self.replay_buffer_class is not None  # chosen in SB3's _setup_model
+        buffer_kwargs = self.replay_buffer_kwargs.copy()
+        if issubclass(self.replay_buffer_class, HerReplayBuffer):
+            buffer_kwargs["env"] = self.env
+        return self.replay_buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **buffer_kwargs,
+        )
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed Python, numpy, PyTorch, the action space, the environment and the algorithm's own generator.
+
+        :param seed: The seed; ``None`` leaves the first five as they are
+        """
+        super().set_random_seed(seed)
+        self.random_generator = make_generator(seed)
+
+    # Policies: π and π_E
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The greedy policy π or the exploration policy π_E (L9).
+
+        :param observation: One observation, or one for each environment
+        :param state: Returned as it is (for recurrent policies, which these are not)
+        :param episode_start: Without effect (for recurrent policies)
+        :param deterministic: ``True`` for π, ``False`` for π_E
+        :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
+        """
+        if deterministic or self.exploration_rate == 0:
+            return self.policy.predict(observation, state, episode_start, deterministic=True)
+        is_vectorized = self.policy.is_vectorized_observation(observation)
+        first_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        n_envs = len(first_observation) if is_vectorized else 1
+
+        u = self.random_generator.random(n_envs)  # u ~ U[0, 1], one for each environment
+        actions = self.random_generator.integers(self.action_space.n, size=n_envs)  # U(A)
+        if np.any(u > self.exploration_rate):
+            greedy_actions, state = self.policy.predict(observation, state, episode_start, deterministic=True)
+            actions = epsilon_greedy(greedy_actions, actions, u, self.exploration_rate)
+        return (actions if is_vectorized else actions.reshape(())), state
+
+    # Training: θ and ψ
+
+    def _on_step(self) -> None:
+        """After each step of the environments: ψ = θ every ``target_update_interval`` steps (L13), and the next ε."""
+        self._n_calls += 1
+        # One call stands for n_envs transitions.
+        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self._update_exploration_rate(self._current_progress_remaining)
+
+    def _update_exploration_rate(self, progress_remaining: float) -> None:
+        self.exploration_rate = self.exploration_schedule(progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Gradient steps on θ: min_θ (Q(s, a, θ) − (r + ¬d γ max_a' Q(s', a', ψ)))² (L12).
+
+        :param gradient_steps: Number of gradient steps
+        :param batch_size: Number of transitions in each B
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        for _ in range(gradient_steps):
+            batch = self._sample_batch(batch_size)
+            discounts = self.gamma if batch.discounts is None else batch.discounts
+            with th.no_grad():
+                next_q_values = self.q_net_target(batch.next_observations)  # Q(s', ·, ψ)
+                targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
+            all_q_values = self.q_net(batch.observations)  # Q(s, ·, θ)
+            q_values = all_q_values.gather(dim=1, index=batch.actions.long())  # Q(s, a, θ)
+            loss = squared_td_error(q_values, targets)
+
+            self.policy.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradient_norm = self._clip_gradient()
+            self.policy.optimizer.step()
+
+            self._n_updates += 1
+            self._training_metrics.add(loss, q_values.mean(), targets.mean(), gradient_norm)
+            if self._n_updates % self.metrics_interval == 0:
+                self._record_training_metrics()
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+        """B ~ U(D) (L11), drawn by the algorithm's own generator."""
+        assert self.replay_buffer is not None
+        with numpy_draws_from(self.random_generator):
+            return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+
+    def _clip_gradient(self) -> th.Tensor:
+        """Clip the gradient if asked to, and give its norm before that."""
+        parameters = list(self.q_net.parameters())
+        if self.max_grad_norm is None:
+            return th.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        return th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+
+    def _record_training_metrics(self) -> None:
+        for name, mean in self._training_metrics.pop().items():
+            self.logger.record(f"train/{name}", mean)
+
+    def dump_logs(self) -> None:
+        """Write the log, with the means of the training metrics since the last time."""
+        self._record_training_metrics()
+        super().dump_logs()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        # SB3 sets ε only after the first step; π_E is ε-greedy from the first one.
+        self._update_exploration_rate(1.0 - self.num_timesteps / total_timesteps)
+        return total_timesteps, callback
+
+    def learn(
+        self: SelfLectureDQN,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "LectureDQN",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfLectureDQN:
+        """
+        The lecture's train loop (L15).
+
+        :param total_timesteps: Number of environment steps to train for
+        :param callback: Callback(s) called at every step
+        :param log_interval: Number of episodes between two logs
+        :param tb_log_name: Name of the run in TensorBoard
+        :param reset_num_timesteps: Whether steps are counted from 0 again
+        :param progress_bar: Whether to show a progress bar
+        :return: The trained model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    # Files
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Any = None,
+        include: Any = None,
+    ) -> None:
+        """
+        Save the model in a zip file; a failure leaves a file that was there before as it was.
+
+        :param path: The file (``.zip`` is added to a name without an ending), or a file-like object
+        :param exclude: Names of attributes to leave out, beside SB3's usual ones
+        :param include: Names of attributes to save although they are usually left out
+        """
+        if not isinstance(path, (str, Path)):
+            super().save(path, exclude, include)
+            return
+        target = Path(path)
+        if target.suffix == "":
+            target = target.with_name(f"{target.name}.zip")
+        with replace_when_written(target) as unfinished:
+            super().save(unfinished, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfLectureDQN],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfLectureDQN:
+        """
+        Load a model from a zip file; its replay buffer is allocated only when it is used.
+
+        :param path: The file (``.zip`` may be left out), or a file-like object
+        :param env: The environment to go on with; ``None`` is enough to predict
+        :param device: PyTorch device
+        :param custom_objects: Objects to use in the place of saved ones
+        :param print_system_info: Whether to print the system that the model was saved on, and this one
+        :param force_reset: Whether the environment is reset before training goes on
+        :param kwargs: Attributes to change
+        :return: The model
+        :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm
+        """
+        check_model_file(path, LectureDQNPolicy, cls.__name__)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "q_net",
+            "q_net_target",
+            "random_generator",
+            "_training_metrics",
+        ]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []

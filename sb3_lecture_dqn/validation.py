@@ -1,0 +1,93 @@
+"""Checks of what users pass in: each error names the argument, what it was, and what it may be, in one line."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from gymnasium import spaces
+
+
+def check_at_least(name: str, value: Any, low: float) -> None:
+    """
+    Check that a number is at least ``low``.
+
+    :param name: Name of the argument
+    :param value: What the user passed
+    :param low: Smallest allowed value
+    :raises ValueError: if it is not a finite number of at least ``low``
+    """
+    if not _is_real(value) or value < low:
+        raise ValueError(f"{name} must be a number of at least {low}, got {value!r}")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """
+    Check that a value is a whole number of at least 1.
+
+    :param name: Name of the argument
+    :param value: What the user passed
+    :raises ValueError: if it is not an integer, or below 1
+    """
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_in_unit_interval(name: str, value: Any) -> None:
+    """
+    Check that a number lies in [0, 1].
+
+    :param name: Name of the argument
+    :param value: What the user passed
+    :raises ValueError: if it is not a number in [0, 1]
+    """
+    if not _is_real(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+
+def check_net_arch(net_arch: Any) -> list[int]:
+    """
+    Check the sizes of the hidden layers.
+
+    :param net_arch: What the user passed
+    :return: The sizes as a list; an empty one makes Q linear in the features
+    :raises ValueError: if it is not a sequence of integers of at least 1
+    """
+    is_sequence = isinstance(net_arch, Sequence) and not isinstance(net_arch, str)
+    if not is_sequence or any(not _is_int(size) or size < 1 for size in net_arch):
+        raise ValueError(f"net_arch must be a list of integers of at least 1, got {net_arch!r}")
+    return [int(size) for size in net_arch]
+
+
+def check_action_space(action_space: spaces.Space[Any]) -> None:
+    """
+    Check that the actions are those of a DQN: a finite set, numbered from 0.
+
+    :param action_space: The environment's action space
+    :raises AssertionError: if it is anything else; SB3's DQN raises this type, and code written for it expects that
+    """
+    if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
+        raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {action_space}")
+
+
+def check_policy_class(policy: Any, aliases: Mapping[str, type], policy_class: type) -> None:
+    """
+    Check that a policy is one that the algorithm can train.
+
+    :param policy: What the user passed: a name or a class
+    :param aliases: The names and their classes
+    :param policy_class: The class that a policy must derive from
+    :raises ValueError: if it is another name, or a class that does not derive from ``policy_class``
+    """
+    is_known = policy in aliases if isinstance(policy, str) else isinstance(policy, type) and issubclass(policy, policy_class)
+    if not is_known:
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise ValueError(f"policy must be one of {', '.join(aliases)} or a subclass of {policy_class.__name__}, got {shown}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
