@@ -38,11 +38,12 @@ from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.validation import (
+    check_above_zero,
     check_action_space,
     check_at_least,
     check_in_unit_interval,
+    check_int_at_least,
     check_policy_class,
-    check_positive_int,
 )
 
 SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
@@ -249,20 +250,17 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _check_hyperparameters(self) -> None:
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval"):
-            check_positive_int(name, getattr(self, name))
-        for name in (
-            "gamma",
-            "tau",
-            "exploration_fraction",
-            "exploration_initial_eps",
-            "exploration_final_eps",
-        ):
+            check_int_at_least(name, getattr(self, name), 1)
+        for name in ("gamma", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"):
             check_in_unit_interval(name, getattr(self, name))
+        check_int_at_least("gradient_steps", self.gradient_steps, -1)
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
         if self.max_grad_norm is not None:
-            check_at_least("max_grad_norm", self.max_grad_norm, 0)
+            check_above_zero("max_grad_norm", self.max_grad_norm)
+        if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
+            check_int_at_least("train_freq", self.train_freq, 1)
 
     def _set_default_done_flag(self) -> None:
         """d = terminated ∨ truncated (L2), unless the user or a buffer of their own says otherwise."""
