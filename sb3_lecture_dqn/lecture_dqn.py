@@ -31,7 +31,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
 from sb3_lecture_dqn.files import check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
@@ -237,9 +237,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
-        self.exploration_schedule = LinearSchedule(
-            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
-        )
+        self.exploration_schedule = self._make_exploration_schedule()
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
         if self.n_envs > self.target_update_interval:
             warnings.warn(
@@ -270,6 +268,11 @@ class LectureDQN(OffPolicyAlgorithm):
                 return
         # A copy: the user's dictionary stays as it was.
         self.replay_buffer_kwargs = {"handle_timeout_termination": False, **self.replay_buffer_kwargs}
+
+    def _make_exploration_schedule(self) -> Schedule:
+        if self.exploration_fraction == 0:  # SB3's LinearSchedule would divide by it
+            return ConstantSchedule(self.exploration_final_eps)
+        return LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net

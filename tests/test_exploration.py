@@ -156,3 +156,9 @@ def test_two_seeds_explore_differently() -> None:
     observations = np.zeros((100, 2), dtype=np.float32)
     first, second = (make_model(1.0, seed=seed).predict(observations)[0] for seed in (0, 1))
     assert (first != second).any()
+
+
+def test_a_fraction_of_zero_explores_at_the_final_rate_from_the_first_step() -> None:
+    model = LectureDQN("MlpPolicy", CountingEnv(), exploration_fraction=0.0, exploration_final_eps=0.2)
+    model._setup_learn(10)
+    assert model.exploration_rate == 0.2

@@ -76,12 +76,12 @@ def test_an_empty_net_arch_makes_q_linear() -> None:
 
 
 def test_a_negative_scale_of_the_final_layer_is_named() -> None:
-    with pytest.raises(ValueError, match="^final_layer_std must be a number of at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^final_layer_std must be a number of at least 0, got -1$"):
         LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"final_layer_std": -1})
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(ValueError, match="^policy must be one of MlpPolicy, CnnPolicy, MultiInputPolicy or a subclass"):
+    with pytest.raises(ValueError, match=r"^policy must be one of MlpPolicy, CnnPolicy, MultiInputPolicy or a subclass"):
         LectureDQN("MlpLstmPolicy", "CartPole-v1")
 
 
