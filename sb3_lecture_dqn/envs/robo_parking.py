@@ -123,14 +123,14 @@ def check_states(states: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
     return array + 0.0
 
 
-def draw_start(generator: np.random.Generator) -> np.ndarray:
+def draw_starts(generators: Iterable[np.random.Generator]) -> np.ndarray:
     """
-    Draw a start.
+    Draw where episodes start; the robots are at rest there.
 
-    :param generator: Where the draw comes from
-    :return: (x, y) in m, uniform over the lot; the robot is at rest there
+    :param generators: The generator of each robot
+    :return: (x, y) of each robot in m, uniform over the lot, shape (number of generators, 2)
     """
-    return generator.random(2) * LOT_SIDE
+    return np.array([generator.random(2) for generator in generators]) * LOT_SIDE
 
 
 # --- One robot ------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
         if options is not None and "state" in options:
             x, y, x_velocity, y_velocity = check_states(options["state"], [(4,)]).tolist()
         else:
-            x, y = draw_start(self.np_random).tolist()
+            x, y = draw_starts([self.np_random])[0].tolist()
             x_velocity = y_velocity = 0.0
         self._state = x, y, x_velocity, y_velocity
         self._is_terminated = False
@@ -418,7 +418,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._is_reset = False
         # Rows x, y, ẋ, ẏ: each is contiguous, for the speed of the dynamics.
         self._states = np.zeros((4, num_envs))
-        self._observations = np.zeros((num_envs, 4), dtype=np.float32)
+        self._observations = np.zeros((4, num_envs), dtype=np.float32)
         self._n_steps = np.zeros(num_envs, dtype=np.int64)
         self._is_done = np.zeros(num_envs, dtype=np.bool_)
         self._trails: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
@@ -460,7 +460,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._observe(indices)
         self._is_done[indices] = False
         self._is_reset = True
-        return self._observations.copy(), self._info("distance", self._measure()[0], reset_mask)
+        return self._observations.copy().T, self._info("distance", self._measure()[0], reset_mask)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """
@@ -490,7 +490,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._end_on_next_step(distances, rewards, terminations, truncations)
         else:
             infos = self._end_on_same_step(distances, terminations, truncations)
-        return self._observations.copy(), rewards, terminations, truncations, infos
+        return self._observations.copy().T, rewards, terminations, truncations, infos
 
     def _end_on_next_step(
         self, distances: np.ndarray, rewards: np.ndarray, terminations: np.ndarray, truncations: np.ndarray
@@ -516,7 +516,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if ended.size:
             final_observations = np.full(self.num_envs, None, dtype=object)
             for i in ended:
-                final_observations[i] = self._observations[i].copy()
+                final_observations[i] = self._observations[:, i].copy()
             final_infos = self._info("distance", distances, is_done) | self._info("is_success", terminations, is_done)
             infos = self._info("final_obs", final_observations, is_done) | self._info("final_info", final_infos, is_done)
             self._start(ended)
@@ -530,7 +530,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not mask.any():
             return {}
         if isinstance(values, np.ndarray) and values.dtype != object:
-            values = np.where(mask, values, values.dtype.type(0))
+            values = values * mask
         return {key: values, f"_{key}": mask.copy()}
 
     def _measure(self) -> tuple[np.ndarray, np.ndarray]:
@@ -542,16 +542,16 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _observe(self, indices: np.ndarray | None = None) -> None:
         """What the sensors of some robots, or of all, see now; only with noise is this more than a change of type."""
         if self.sensor_noise == 0:
-            self._observations = self._states.T.astype(np.float32, order="C")
+            self._observations = self._states.astype(np.float32)
             return
         indices = np.arange(self.num_envs) if indices is None else indices
         noise = np.array([self._generators[i].standard_normal(4) for i in indices]) * self.sensor_noise
-        self._observations[indices] = np.clip(self._states.T[indices] + noise, STATE_LOW, STATE_HIGH)
+        self._observations[:, indices] = np.clip(self._states.T[indices] + noise, STATE_LOW, STATE_HIGH).T
 
     def _start(self, indices: np.ndarray, states: np.ndarray | None = None) -> None:
         """Put robots at given states, or at rest at random places."""
         if states is None:
-            self._states[:2, indices] = np.array([draw_start(self._generators[i]) for i in indices]).T
+            self._states[:2, indices] = draw_starts(self._generators[i] for i in indices.tolist()).T
             self._states[2:, indices] = 0.0
         else:
             self._states[:, indices] = states.T
