@@ -2,10 +2,11 @@
 
 import gymnasium
 
+from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
 from sb3_lecture_dqn.envs.lunar_lander import LunarLanderV2
 from sb3_lecture_dqn.envs.robo_parking import MAX_EPISODE_STEPS, RoboParkingEnv, RoboParkingVectorEnv
 
-__all__ = ["LunarLanderV2", "RoboParkingEnv", "RoboParkingVectorEnv", "register_envs"]
+__all__ = ["GymVectorVecEnv", "LunarLanderV2", "RoboParkingEnv", "RoboParkingVectorEnv", "register_envs"]
 
 
 def register_envs() -> None:

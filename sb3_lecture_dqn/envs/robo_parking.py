@@ -11,6 +11,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
 
 from sb3_lecture_dqn.validation import check_at_least, check_positive_int
 
@@ -29,7 +30,7 @@ DIRECTIONS = ((-1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
 STATE_LOW = (0.0, 0.0, -SPEED_LIMIT, -SPEED_LIMIT)
 STATE_HIGH = (LOT_SIDE, LOT_SIDE, SPEED_LIMIT, SPEED_LIMIT)
 
-FloatOrArray = TypeVar("FloatOrArray", float, np.ndarray)
+FloatOrArray = TypeVar("FloatOrArray", float, NDArray[np.float64])
 
 # --- The dynamics ---------------------------------------------------------------------------------------------------------
 
@@ -172,8 +173,8 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
 
     ## Dynamics
 
-    The robot (mass m = 10 kg) is pushed by F = torque / radius = 1 N·m / 0.05 m = 20 N along the axis of the action. The wheels
-    of each axis have a rolling resistance of 2 N against their motion. A time step is Δt = 0.1 s. Along each axis, in order:
+    The robot (mass m = 10 kg) is pushed by F = torque / radius = 1 N·m / 0.05 m = 20 N along the axis of the action. The
+    wheels of each axis have a rolling resistance of 2 N against their motion. A time step is Δt = 0.1 s. Along each axis:
 
     1. the push: ẋ ← ẋ ± F/m Δt, which is 0.2 m/s, on the axis of the action;
     2. rolling resistance: |ẋ| falls by 2 N/m Δt = 0.02 m/s, and at most to 0;
@@ -198,7 +199,7 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
 
     ## Starting State
 
-    (x, y) is uniform over the lot, and the robot is at rest. `reset(options={"state": (x, y, ẋ, ẏ)})` starts from a given state.
+    (x, y) is uniform over the lot, and the robot is at rest. `reset(options={"state": (x, y, ẋ, ẏ)})` starts where it says.
 
     ## Episode End
 
@@ -259,16 +260,14 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
         _check_render_mode(render_mode, self.metadata["render_modes"])
         self.mass, self.wheel_torque, self.friction, self.sensor_noise = mass, wheel_torque, friction, sensor_noise
         self.render_mode = render_mode
-        self.observation_space = spaces.Box(np.float32(STATE_LOW), np.float32(STATE_HIGH), dtype=np.float32)
+        self.observation_space = _make_observation_space()
         self.action_space = spaces.Discrete(4)
         self._state: tuple[float, float, float, float] | None = None
         self._is_terminated = False
         self._trail: list[tuple[float, ...]] = []
         self._renderer: LotRenderer | None = None
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
         Start an episode.
 
@@ -329,7 +328,7 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
         noise = self.np_random.standard_normal(4) * self.sensor_noise
         return np.clip(np.array(self._state) + noise, STATE_LOW, STATE_HIGH).astype(np.float32)
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """
         Draw the lot.
 
@@ -408,7 +407,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.mass, self.wheel_torque, self.friction, self.sensor_noise = mass, wheel_torque, friction, sensor_noise
         self.render_mode = render_mode
-        self.single_observation_space = spaces.Box(np.float32(STATE_LOW), np.float32(STATE_HIGH), dtype=np.float32)
+        self.single_observation_space = _make_observation_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = spaces.Discrete(4)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -424,7 +423,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._trails: list[list[tuple[float, ...]]] = [[] for _ in range(num_envs)]
         self._renderer: LotRenderer | None = None
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The generator of each robot, as Gymnasium's ``SyncVectorEnv`` gives them."""
         self._seed([None] * self.num_envs, range(self.num_envs))
@@ -545,7 +544,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._observations = self._states.astype(np.float32)
             return
         indices = np.arange(self.num_envs) if indices is None else indices
-        noise = np.array([self._generators[i].standard_normal(4) for i in indices]) * self.sensor_noise
+        noise = np.array([self._generators[i].standard_normal(4) for i in indices.tolist()]) * self.sensor_noise
         self._observations[:, indices] = np.clip(self._states.T[indices] + noise, STATE_LOW, STATE_HIGH).T
 
     def _start(self, indices: np.ndarray, states: np.ndarray | None = None) -> None:
@@ -574,13 +573,13 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError(f"seed must be an integer or {self.num_envs} of them, got {len(seed)}")
         return seed
 
-    def _check_reset_mask(self, mask: Any) -> np.ndarray:
-        if mask is None:
+    def _check_reset_mask(self, reset_mask: Any) -> np.ndarray:
+        if reset_mask is None:
             return np.ones(self.num_envs, dtype=np.bool_)
-        is_mask = isinstance(mask, np.ndarray) and mask.dtype == np.bool_ and mask.shape == (self.num_envs,)
-        if not is_mask or not mask.any():
+        mask = np.asarray(reset_mask)
+        if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
-                f"options['reset_mask'] must be an array of {self.num_envs} bools with at least one True, got {mask!r}"
+                f"options['reset_mask'] must be an array of {self.num_envs} bools with at least one True, got {reset_mask!r}"
             )
         if not self._is_reset and not mask.all():
             raise ResetNeeded("a reset_mask needs states to leave as they are: call reset() without it first")
@@ -611,6 +610,10 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def _make_observation_space() -> spaces.Box:
+    return spaces.Box(np.array(STATE_LOW, dtype=np.float32), np.array(STATE_HIGH, dtype=np.float32), dtype=np.float32)
 
 
 def _check_render_mode(render_mode: str | None, render_modes: list[str]) -> None:

@@ -38,8 +38,8 @@ def find_optimal_drive(
     The optimal driver: the shortest path on the true model, where a step costs ‖s′‖.
 
     All states that are ``t`` steps from the start are expanded at once, for ``t`` = 1, 2, ... States that coincide are merged,
-    and of the others the ``width`` best are kept, by cost so far and an estimate of the rest: what it costs if from now on both
-    axes were pushed in each step. With a ``width`` that is never reached the search is exhaustive.
+    and of the others the ``width`` best are kept, by cost so far and an estimate of the rest: what it would cost if from now
+    on each step pushed both axes. With a ``width`` that is never reached the search is exhaustive.
 
     By default the path is one of pushes towards the corner: a push away from it costs speed that has to be regained.
 
