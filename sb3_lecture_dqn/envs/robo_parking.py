@@ -184,14 +184,16 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
 
     **The goal is reachable from every start.** With any arguments that the constructor accepts, F is above the resistance.
     Choose left all the time: each step takes (F − resistance)/m Δt > 0 off ẋ until ẋ = −1, so that the robot reaches the kerb
-    x = 0, where ẋ = 0. Then choose backward all the time: x stays as it is, and the robot reaches y = 0 in the same way. That
-    state is (0, 0, 0, 0) exactly, and so is its float32 observation. These two phases need no observation. By default ẋ
-    goes from 0 to −1 m/s in 6 steps (0.18 m/s each) over 0.37 m, and the other 3.63 m take 37 steps of 0.1 m: at most 43
-    steps for an axis from rest, 86 from the far corner. A start with ẋ = ẏ = 1 there costs no more: the kerb at 4 m takes that
-    speed in the first step, while the robot is still pushed. No start takes more than 110 steps, and the limit is 200.
+    x = 0, where ẋ = 0. Then choose backward all the time: x and ẋ stay 0, and the robot reaches y = 0 in the same way. That
+    state is (0, 0, 0, 0) exactly, and so is its float32 observation; and to see when the first phase is over, the sensors only
+    have to tell x = 0 from x > 0, which float32 does.
 
-    Without the kerbs it would hardly be reachable: a robot that still moves has a speed of up to 0.2 m/s left after its last
-    push, and has to come to rest within a square centimetre.
+    By default ẋ goes from 0 to −1 m/s in 6 steps (0.18 m/s each) over 0.37 m, and the other 3.63 m take 37 steps of 0.1 m: 43
+    steps for an axis from rest, 86 from the far corner. No start takes this driver more than 90 steps, and an optimal one
+    takes 46 from the far corner; the limit is 200.
+
+    Without the kerbs the goal would hardly be reachable: each push leaves a speed that only resistance or another push takes
+    away, and the robot would have to come to rest within 1 cm of the corner.
 
     ## Rewards
 
