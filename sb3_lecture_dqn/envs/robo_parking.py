@@ -472,7 +472,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         :raises ValueError: if the actions are not integers in 0..3 of that shape
         :raises gymnasium.error.ResetNeeded: before the first :meth:`reset`
         """
-        if not self.action_space.contains(actions):
+        if not self._are_actions(actions):
             raise ValueError(f"actions must be an array of {self.num_envs} integers in 0..3, got {actions!r}")
         if not self._is_reset:
             raise ResetNeeded("step() needs a state: call reset() first")
@@ -493,6 +493,11 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._end_on_same_step(distances, terminations, truncations)
         return self._observations.copy().T, rewards, terminations, truncations, infos
 
+    def _are_actions(self, actions: Any) -> bool:
+        """What ``action_space.contains`` says, in a third of its time."""
+        is_batch = isinstance(actions, np.ndarray) and actions.dtype.kind in "iu" and actions.shape == (self.num_envs,)
+        return bool(is_batch and actions.min() >= 0 and actions.max() < len(DIRECTIONS))
+
     def _end_on_next_step(
         self, distances: np.ndarray, rewards: np.ndarray, terminations: np.ndarray, truncations: np.ndarray
     ) -> dict[str, Any]:
@@ -505,7 +510,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._start(starting)
             distances[starting] = self._measure()[0][starting]
         self._observe()
-        infos = self._info("distance", distances, np.ones_like(is_driven))
+        infos = {"distance": distances, "_distance": np.ones_like(is_driven)}
         return infos | self._info("is_success", terminations, is_driven)
 
     def _end_on_same_step(self, distances: np.ndarray, terminations: np.ndarray, truncations: np.ndarray) -> dict[str, Any]:
@@ -523,7 +528,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._start(ended)
             self._observe(ended)
             distances[ended] = self._measure()[0][ended]
-        infos |= self._info("distance", distances, np.ones_like(is_done))
+        infos |= {"distance": distances, "_distance": np.ones_like(is_done)}
         return infos | self._info("is_success", terminations, ~is_done)
 
     def _info(self, key: str, values: Any, mask: np.ndarray) -> dict[str, Any]:
@@ -531,7 +536,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not mask.any():
             return {}
         if isinstance(values, np.ndarray) and values.dtype != object:
-            values = values * mask
+            values = np.where(mask, values, values.dtype.type(0))
         return {key: values, f"_{key}": mask.copy()}
 
     def _measure(self) -> tuple[np.ndarray, np.ndarray]:

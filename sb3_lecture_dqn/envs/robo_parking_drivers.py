@@ -16,14 +16,14 @@ class Drive(NamedTuple):
     episode_return: float
 
 
-def drive_along_kerbs(observation: np.ndarray) -> int:
+def drive_along_kerbs(observations: np.ndarray) -> np.ndarray:
     """
     The scripted driver: left to the kerb x = 0, then along it to the corner.
 
-    :param observation: (x, y, ẋ, ẏ)
-    :return: The action
+    :param observations: (x, y, ẋ, ẏ), shape (..., 4)
+    :return: The actions, shape (...)
     """
-    return LEFT if observation[0] > 0 else BACKWARD
+    return np.where(observations[..., 0] > 0, LEFT, BACKWARD)
 
 
 def find_optimal_drive(
