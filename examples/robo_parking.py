@@ -31,7 +31,7 @@ ENV_ID = "RoboParking-v0"
 # Evaluation starts from seeds that no training run uses: robot i gets this seed + i.
 FIRST_EVALUATION_SEED = 1_000_000
 GIF_STARTS = ((3.6, 2.4, 0.0, 0.0), (1.1, 3.7, 0.0, 0.0), (3.8, 0.6, 0.0, 0.0))
-GIF_SIZE, GIF_COLOURS, FRAMES_AT_REST = 360, 64, 8
+GIF_SIZE, GIF_COLOURS, FRAMES_AT_REST = 360, 256, 8
 
 Driver = Callable[[np.ndarray], np.ndarray]
 
@@ -98,7 +98,7 @@ def write_gif(model: LectureDQN, file: Path) -> None:
     env.close()
     images = [Image.fromarray(frame).resize((GIF_SIZE, GIF_SIZE), Image.Resampling.LANCZOS) for frame in frames]
     # One palette for all frames: without dithering, what stands still is the same in each and costs nothing.
-    palette = images[len(images) // 2].quantize(GIF_COLOURS)
+    palette = images[len(images) // 2].quantize(GIF_COLOURS, method=Image.Quantize.MAXCOVERAGE)
     first, *others = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     milliseconds = 1000 // env.metadata["render_fps"]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """``RoboParking-v0``: the physics, the environment, and its vector twin."""
 
+import doctest
 import sys
 import warnings
 from typing import Any
@@ -69,6 +70,13 @@ def test_it_works_without_pygame(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn.reset()
     with pytest.raises(DependencyNotInstalled, match="pip install"):
         drawn.render()
+
+
+def test_the_docstrings_examples_give_what_they_show() -> None:
+    tests = doctest.DocTestFinder().find(RoboParkingEnv, "RoboParkingEnv", globs={})
+    results = [doctest.DocTestRunner().run(test) for test in tests]
+    assert sum(result.attempted for result in results) >= 6
+    assert sum(result.failed for result in results) == 0
 
 
 # Physics

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gymnasium
@@ -24,8 +25,7 @@ WHEEL_RADIUS = 0.05  # m
 TIME_STEP = 0.1  # s
 GOAL_TOLERANCE = 0.01  # of ‖s‖, in metres and metres per second
 MAX_EPISODE_STEPS = 200
-#: Left, right, forward, backward: the direction in which each action pushes, along x and along y.
-DIRECTIONS = ((-1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
+N_ACTIONS = 4  # left, right, forward, backward
 
 STATE_LOW = (0.0, 0.0, -SPEED_LIMIT, -SPEED_LIMIT)
 STATE_HIGH = (LOT_SIDE, LOT_SIDE, SPEED_LIMIT, SPEED_LIMIT)
@@ -88,11 +88,9 @@ def pushes_and_drag(mass: float, wheel_torque: float, friction: float) -> tuple[
     :return: The push of each action along x and y in m/s, and the drag in m/s, as :func:`roll` takes them
     :raises ValueError: if a value is out of its range
     """
-    check_at_least("mass", mass, 0)
-    check_at_least("wheel_torque", wheel_torque, 0)
+    _check_above_zero("mass", mass)
+    _check_above_zero("wheel_torque", wheel_torque)
     check_at_least("friction", friction, 0)
-    if mass == 0:
-        raise ValueError(f"mass must be above 0, got {mass!r}")
     force = wheel_torque / WHEEL_RADIUS
     if force <= friction:
         raise ValueError(
@@ -100,7 +98,7 @@ def pushes_and_drag(mass: float, wheel_torque: float, friction: float) -> tuple[
             f"got {wheel_torque!r}"
         )
     push = force / mass * TIME_STEP
-    return tuple((x * push, y * push) for x, y in DIRECTIONS), friction / mass * TIME_STEP
+    return ((-push, 0.0), (push, 0.0), (0.0, push), (0.0, -push)), friction / mass * TIME_STEP
 
 
 def check_states(states: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -263,7 +261,7 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
         self.mass, self.wheel_torque, self.friction, self.sensor_noise = mass, wheel_torque, friction, sensor_noise
         self.render_mode = render_mode
         self.observation_space = _make_observation_space()
-        self.action_space = spaces.Discrete(4)
+        self.action_space = spaces.Discrete(N_ACTIONS)
         self._state: tuple[float, float, float, float] | None = None
         self._is_terminated = False
         self._trail: list[tuple[float, ...]] = []
@@ -402,7 +400,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if autoreset_mode not in ("NextStep", "SameStep", AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise ValueError(f"autoreset_mode must be 'NextStep' or 'SameStep', got {autoreset_mode!r}")
         pushes, self._drag = pushes_and_drag(mass, wheel_torque, friction)
-        self._pushes = np.array(pushes).T  # (2, 4): along x and y, of each action
+        self._pushes = np.array(pushes).T  # (2, N_ACTIONS): along x and along y
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -411,7 +409,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.render_mode = render_mode
         self.single_observation_space = _make_observation_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.single_action_space = spaces.Discrete(4)
+        self.single_action_space = spaces.Discrete(N_ACTIONS)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         self._generators: dict[int, np.random.Generator] = {}
@@ -496,7 +494,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _are_actions(self, actions: Any) -> bool:
         """What ``action_space.contains`` says, in a third of its time."""
         is_batch = isinstance(actions, np.ndarray) and actions.dtype.kind in "iu" and actions.shape == (self.num_envs,)
-        return bool(is_batch and actions.min() >= 0 and actions.max() < len(DIRECTIONS))
+        return bool(is_batch and actions.min() >= 0 and actions.max() < N_ACTIONS)
 
     def _end_on_next_step(
         self, distances: np.ndarray, rewards: np.ndarray, terminations: np.ndarray, truncations: np.ndarray
@@ -617,6 +615,11 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def _check_above_zero(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 def _make_observation_space() -> spaces.Box:
