@@ -31,7 +31,7 @@ ENV_ID = "RoboParking-v0"
 # Evaluation starts from seeds that no training run uses: robot i gets this seed + i.
 FIRST_EVALUATION_SEED = 1_000_000
 GIF_STARTS = ((3.6, 2.4, 0.0, 0.0), (1.1, 3.7, 0.0, 0.0), (3.8, 0.6, 0.0, 0.0))
-GIF_SIZE, GIF_COLOURS, FRAMES_AT_REST = 360, 256, 8
+GIF_SIZE, GIF_COLOURS, FRAMES_AT_REST = 360, 128, 8
 
 Driver = Callable[[np.ndarray], np.ndarray]
 
