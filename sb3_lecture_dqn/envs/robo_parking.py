@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gymnasium
@@ -14,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sb3_lecture_dqn.validation import check_at_least, check_positive_int
+from sb3_lecture_dqn.validation import check_above_zero, check_at_least, check_int_at_least
 
 if TYPE_CHECKING:
     from sb3_lecture_dqn.envs.robo_parking_rendering import LotRenderer
@@ -88,8 +87,8 @@ def pushes_and_drag(mass: float, wheel_torque: float, friction: float) -> tuple[
     :return: The push of each action along x and y in m/s, and the drag in m/s, as :func:`roll` takes them
     :raises ValueError: if a value is out of its range
     """
-    _check_above_zero("mass", mass)
-    _check_above_zero("wheel_torque", wheel_torque)
+    check_above_zero("mass", mass)
+    check_above_zero("wheel_torque", wheel_torque)
     check_at_least("friction", friction, 0)
     force = wheel_torque / WHEEL_RADIUS
     if force <= friction:
@@ -393,8 +392,8 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         sensor_noise: float = 0.0,
         render_mode: str | None = None,
     ) -> None:
-        check_positive_int("num_envs", num_envs)
-        check_positive_int("max_episode_steps", max_episode_steps)
+        check_int_at_least("num_envs", num_envs, 1)
+        check_int_at_least("max_episode_steps", max_episode_steps, 1)
         check_at_least("sensor_noise", sensor_noise, 0)
         _check_render_mode(render_mode, self.metadata["render_modes"])
         if autoreset_mode not in ("NextStep", "SameStep", AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
@@ -615,11 +614,6 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-
-
-def _check_above_zero(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 def _make_observation_space() -> spaces.Box:
