@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 import torch as th
 import yaml
-from PIL import Image
+from film import play, write_gif
 from rl_zoo3 import linear_schedule
 
 from sb3_lecture_dqn import LectureDQN
@@ -31,7 +31,7 @@ ENV_ID = "RoboParking-v0"
 # Evaluation starts from seeds that no training run uses: robot i gets this seed + i.
 FIRST_EVALUATION_SEED = 1_000_000
 GIF_STARTS = ((3.6, 2.4, 0.0, 0.0), (1.1, 3.7, 0.0, 0.0), (3.8, 0.6, 0.0, 0.0))
-GIF_SIZE, GIF_COLOURS, FRAMES_AT_REST = 360, 128, 8
+GIF_SIZE, GIF_COLOURS = 360, 128
 
 Driver = Callable[[np.ndarray], np.ndarray]
 
@@ -81,29 +81,15 @@ def print_table(models: dict[str, LectureDQN], n_starts: int) -> None:
         print(f"| {name} | {returns.mean():.2f} | {gap:.1%} | {is_parked.mean():.1%} |", flush=True)
 
 
-def write_gif(model: LectureDQN, file: Path) -> None:
+def film(model: LectureDQN, file: Path) -> None:
     """Film the model as it parks from a few starts."""
     env = gymnasium.make(ENV_ID, render_mode="rgb_array")
     frames = []
     for start in GIF_STARTS:
         observation, _ = env.reset(options={"state": start})
-        frames.append(env.render())
-        is_over = False
-        while not is_over:
-            action, _ = model.predict(observation, deterministic=True)
-            observation, _, terminated, truncated, _ = env.step(action)
-            frames.append(env.render())
-            is_over = terminated or truncated
-        frames += [frames[-1]] * FRAMES_AT_REST
+        frames += play(model, env, observation)
     env.close()
-    images = [Image.fromarray(frame).resize((GIF_SIZE, GIF_SIZE), Image.Resampling.LANCZOS) for frame in frames]
-    # One palette for all frames: without dithering, what stands still is the same in each and costs nothing.
-    palette = images[len(images) // 2].quantize(GIF_COLOURS, method=Image.Quantize.MAXCOVERAGE)
-    first, *others = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    milliseconds = 1000 // env.metadata["render_fps"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=False)
-    print(f"wrote {file}, {file.stat().st_size / 1e6:.2f} MB")
+    write_gif(frames, file, GIF_SIZE, env.metadata["render_fps"], GIF_COLOURS)
 
 
 def main() -> None:
@@ -121,7 +107,7 @@ def main() -> None:
     else:
         models = {f"LectureDQN, seed {arguments.seed}": train(arguments.seed)}
     print_table(models, arguments.starts)
-    write_gif(next(iter(models.values())), arguments.gif)
+    film(next(iter(models.values())), arguments.gif)
 
 
 if __name__ == "__main__":
