@@ -49,6 +49,10 @@ from sb3_lecture_dqn.validation import (
 
 SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
 
+#: Falls over the training, so that the final policy is not the last one of many that come and go; it never reaches 0, so that
+#: ``learn`` can be called in small pieces.
+DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 5e-5, end_fraction=1.0)
+
 # --- The mathematics ------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +110,8 @@ class LectureDQN(OffPolicyAlgorithm):
     :param policy: The policy to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of
         :class:`~sb3_lecture_dqn.policies.LectureDQNPolicy`
     :param env: The environment to learn from, with a ``Discrete`` action space; an id string is made without a render mode
-    :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0)
+    :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0); by default
+        it falls linearly from 5e-4 to 5e-5
     :param buffer_size: Maximum number of transitions in D (L11), at least 1
     :param learning_starts: Number of steps with uniform actions before learning starts
     :param batch_size: Number of transitions in B (L11), at least 1
@@ -156,7 +161,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self,
         policy: str | type[LectureDQNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
         buffer_size: int = 100_000,
         learning_starts: int = 1_000,
         batch_size: int = 128,
