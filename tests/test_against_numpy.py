@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.wrappers import TimeLimit
-from numpy_dqn import Adam, Batch, Draws, NumpyDQN, Settings, squared_error_gradient
+from numpy_dqn import Adam, Batch, Draws, NumpyDQN, Settings, forward, squared_error_gradient
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -178,16 +178,30 @@ def test_at_100_points_of_a_float32_run_one_update_is_the_same() -> None:
         nonlocal n_points
         samples = sample_batch(batch_size)
         expected = one_update_in_numpy(model, to_batch(samples), settings)
+        comparable = is_well_conditioned(model, to_batch(samples))
         model._sample_batch = lambda batch_size: samples  # type: ignore[method-assign]
         train(1, batch_size)
-        assert_same(model.q_net, expected, 1e-6)
         model._sample_batch = sample_batch  # type: ignore[method-assign]
+        if comparable and n_points < 100:
+            assert_same(model.q_net, expected, 1e-6)
+            n_points += 1
         train(gradient_steps - 1, batch_size)
-        n_points += 1
 
     model.train = train_and_compare  # type: ignore[method-assign]
-    model.learn(100 * settings.train_freq * N_ENVS)
+    model.learn(120 * settings.train_freq * N_ENVS)
     assert n_points == 100
+
+
+def is_well_conditioned(model: LectureDQN, batch: Batch) -> bool:
+    """
+    Whether rounding a float32 changes an update by no more than rounding does.
+
+    It does not hold for Adam's first update, which is the mere sign of gradients that may be nearly 0; nor where the input of a
+    LeakyReLU is so near 0 that rounding decides on which side of its kink it falls.
+    """
+    _, cache = forward(parameters_of(model.q_net), batch.observations)
+    nearest_to_the_kink = min(np.min(np.abs(scaled)) for _, _, _, scaled in cache[:2])
+    return model._n_updates > 0 and bool(nearest_to_the_kink > 1e-6)
 
 
 def one_update_in_numpy(model: LectureDQN, batch: Batch, settings: Settings) -> list[np.ndarray]:
