@@ -196,8 +196,8 @@ def is_well_conditioned(model: LectureDQN, batch: Batch) -> bool:
     """
     Whether rounding a float32 changes an update by no more than rounding does.
 
-    It does not hold for Adam's first update, which is the mere sign of gradients that may be nearly 0; nor where the input of a
-    LeakyReLU is so near 0 that rounding decides on which side of its kink it falls.
+    It does not hold for Adam's first update, which is the mere sign of gradients that may be nearly 0; nor where the input
+    of a LeakyReLU is so near 0 that rounding decides on which side of its kink it falls.
     """
     _, cache = forward(parameters_of(model.q_net), batch.observations)
     nearest_to_the_kink = min(np.min(np.abs(scaled)) for _, _, _, scaled in cache[:2])
