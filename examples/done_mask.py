@@ -5,8 +5,8 @@ L2 and L12: the same task with and without ¬d in the target, against the true v
 
     python examples/done_mask.py
 
-The task is a corridor of ten states. Every action leads to the next one with r = 1, and behind the tenth the episode ends: with k
-states left, Q is 1 + γ + ... + γᵏ⁻¹.
+The task is a corridor of ten states. Every action leads to the next one with r = 1, and behind the tenth the episode ends:
+with k states left, Q is 1 + γ + ... + γᵏ⁻¹.
 """
 
 from typing import Any
@@ -34,11 +34,13 @@ class Corridor(gymnasium.Env[int, int]):
     action_space = spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Back to the first state."""
         super().reset(seed=seed)
         self.state = 0
         return self.state, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """One step along."""
         self.state += 1
         return self.state, 1.0, self.state == LENGTH, False, {}
 

@@ -13,18 +13,19 @@ import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, GREY, ORANGE, save_picture
+from _plots import BLUE, GREEN, ORANGE, save_picture
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.optim import Adam
 
 from sb3_lecture_dqn import QNetwork
 from sb3_lecture_dqn.lecture_dqn import epsilon_greedy, squared_td_error, td_target
 
-SEEDS = range(3)
+SEEDS = {0: BLUE, 1: ORANGE, 2: GREEN}
 NUM_UPDATES, SOLVED = 300, 475.0  # CartPole counts as solved at a mean return of 475
-BATCHES, BATCH_SIZE, GAMMA, LEARNING_RATE = 50, 64, 0.99, 1e-3
+BATCHES, BATCH_SIZE, GAMMA, EPSILON, LEARNING_RATE = 50, 64, 0.99, 0.1, 1e-3
 
 Parameters = dict[str, th.Tensor]
 Policy = Callable[[np.ndarray], int]
@@ -37,27 +38,24 @@ class DeepQ:
     def __init__(self, state_space: spaces.Box, action_space: spaces.Discrete) -> None:
         self.make_network = lambda: QNetwork(state_space, action_space, FlattenExtractor(state_space), state_space.shape[0])
         self.network = self.make_network()
-        self.n_actions = int(action_space.n)
 
     def init(self, seed: int) -> Parameters:
+        """Parameters that depend on the seed alone."""
         th.manual_seed(seed)
         return {name: parameter.detach().requires_grad_() for name, parameter in self.make_network().named_parameters()}
 
     def __call__(self, s: th.Tensor, theta: Parameters) -> th.Tensor:
-        q_values: th.Tensor = th.func.functional_call(self.network, theta, (s,))
-        return q_values
+        """Q(s, ·, θ): one forward pass for all actions."""
+        return th.func.functional_call(self.network, theta, (s,))
 
 
 class Dataset(ReplayBuffer):
-    """D with the slides' `+=` and `sample()`, which draws several batches: an episode gives data for more than one."""
+    """D with the slides' `+=`."""
 
     def __iadd__(self, transitions: list[Transition]) -> "Dataset":
         for s, next_s, a, r, d in transitions:
             self.add(s, next_s, np.array([a]), np.array([r]), np.array([d]), [{}])
         return self
-
-    def sample(self) -> list[ReplayBufferSamples]:  # type: ignore[override]
-        return [super(Dataset, self).sample(BATCH_SIZE) for _ in range(BATCHES)]
 
 
 def max_q(Q: DeepQ, theta: Parameters) -> Policy:  # noqa: N803
@@ -70,15 +68,10 @@ def max_q(Q: DeepQ, theta: Parameters) -> Policy:  # noqa: N803
     return pi
 
 
-def e_greedy(Q: DeepQ, theta: Parameters, epsilon: Callable[[], float], seed: int) -> Policy:  # noqa: N803
+def e_greedy(Q: DeepQ, theta: Parameters, generator: np.random.Generator) -> Policy:  # noqa: N803
     """π_E(s): U(A) if u ≤ ε, else π(s)."""
-    pi, generator = max_q(Q, theta), np.random.default_rng(seed)
-
-    def pi_e(s: np.ndarray) -> int:
-        greedy, random, u = np.array([pi(s)]), generator.integers(Q.n_actions, size=1), generator.random(1)
-        return int(epsilon_greedy(greedy, random, u, epsilon())[0])
-
-    return pi_e
+    pi = max_q(Q, theta)
+    return lambda s: int(epsilon_greedy(np.array(pi(s)), generator.integers(2), generator.random(), EPSILON))
 
 
 def collect_training_data(env: gymnasium.Env[Any, Any], pi: Policy) -> list[Transition]:
@@ -95,65 +88,67 @@ def collect_training_data(env: gymnasium.Env[Any, Any], pi: Policy) -> list[Tran
     return episode
 
 
-def train(
-    Q: DeepQ,
-    theta: Parameters,
-    psi: Parameters,
-    train_data: list[ReplayBufferSamples],
-    optimizer: th.optim.Optimizer,  # noqa: N803
-) -> Parameters:
+def train(Q: DeepQ, theta: Parameters, psi: Parameters, train_data: list[ReplayBufferSamples], adam: Adam) -> Parameters:  # noqa: N803
     """min_θ (Q(s, a, θ) − (r + ¬d γ max_a' Q(s', a', ψ)))², a gradient step for each batch."""
     for s, a, next_s, d, r, *_ in train_data:
         with th.no_grad():
             target = td_target(r, d, Q(next_s, psi), GAMMA)
         loss = squared_td_error(Q(s, theta).gather(1, a), target)
-        optimizer.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        optimizer.step()
+        adam.step()
     return theta
 
 
-def evaluate(env: gymnasium.Env[Any, Any], pi: Policy) -> float:
-    """The same as collecting, but with π."""
-    return sum(r for _, _, _, r, _ in collect_training_data(env, pi))
+def evaluate(env: gymnasium.Env[Any, Any], pi: Policy, n_episodes: int = 10) -> float:
+    """The same as collecting, but with π: its mean return."""
+    return float(np.mean([sum(r for _, _, _, r, _ in collect_training_data(env, pi)) for _ in range(n_episodes)]))
 
 
-def run(seed: int) -> list[float]:
-    """The loop of the slides, until the last ten evaluations count as solved; the return of π after each update."""
+def run(seed: int) -> tuple[list[int], list[float]]:
+    """The loop of the slides, until an evaluation counts as solved; when π was evaluated, and what it returned."""
     np.random.seed(seed)  # SB3's buffer draws from it
-    metrics: list[float] = []
+    updates, returns = [], []
 
     env = gymnasium.make("CartPole-v1")
     env.reset(seed=seed)
     Q = DeepQ(env.observation_space, env.action_space)  # noqa: N806
     theta, psi = Q.init(seed), Q.init(seed)
-    optimizer = th.optim.Adam(theta.values(), lr=LEARNING_RATE)
-    pi, pi_e = max_q(Q, theta), e_greedy(Q, theta, lambda: max(0.05, 1 - len(metrics) / 50), seed)
+    adam = Adam(theta.values(), lr=LEARNING_RATE)
+    pi, pi_e = max_q(Q, theta), e_greedy(Q, theta, np.random.default_rng(seed))
     dataset = Dataset(50_000, env.observation_space, env.action_space, "cpu", handle_timeout_termination=False)
 
-    for _update in range(NUM_UPDATES):
+    for update in range(1, NUM_UPDATES + 1):
         collected_data = collect_training_data(env, pi_e)
         dataset += collected_data
-        train_data = dataset.sample()
-        theta = train(Q, theta, psi, train_data, optimizer)
+        train_data = [dataset.sample(BATCH_SIZE) for _ in range(BATCHES)]
+        theta = train(Q, theta, psi, train_data, adam)
         psi = {name: parameter.detach().clone() for name, parameter in theta.items()}
-        metrics.append(evaluate(env, pi))
-        if np.mean(metrics[-10:]) >= SOLVED:
-            break
-    return metrics
+        if update % 10 == 0:
+            metrics = evaluate(env, pi)
+            updates.append(update)
+            returns.append(metrics)
+            if metrics >= SOLVED:
+                break
+    return updates, returns
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the loop for every seed, print whether it solved the task, draw."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for seed, color in zip(SEEDS, (BLUE, ORANGE, GREY), strict=True):
-        metrics = run(seed)
-        last = float(np.mean(metrics[-10:]))
+    for seed, color in SEEDS.items():
+        updates, returns = run(seed)
+        verdict = "solved" if returns[-1] >= SOLVED else "not solved"
         print(
-            f"Seed {seed}: π returns {last:.0f} on average after {len(metrics)} updates: {'' if last >= SOLVED else 'not '}solved."
+            f"Seed {seed}: {verdict} after {updates[-1]} updates; π returns {returns[-1]:.0f} over ten episodes.", flush=True
         )
-        axes.plot(range(1, len(metrics) + 1), metrics, color=color, label=f"seed {seed}")
-    axes.axhline(SOLVED, color="black", linestyle="--", linewidth=1, label="solved, in the mean of ten")
-    axes.set(xlabel="update (one collected episode, 50 gradient steps)", ylabel="return of π, one episode")
+        axes.plot(updates, returns, marker="o", color=color, label=f"seed {seed}")
+    axes.axhline(SOLVED, color="black", linestyle="--", linewidth=1, label="solved")
+    axes.set(xlabel=f"update (one episode collected, {BATCHES} gradient steps)", ylabel="return of π, mean of ten episodes")
     axes.set_title("The lecture's loop on CartPole")
     axes.legend()
     save_picture(figure, "lecture_loop")
+
+
+if __name__ == "__main__":
+    main()
