@@ -44,8 +44,6 @@ def zoo_entry(algorithm: str, env_id: str) -> dict[str, Any]:
     entry: dict[str, Any] = yaml.safe_load(file.read_text())[env_id]
     if isinstance(entry.get("policy_kwargs"), str):
         entry["policy_kwargs"] = eval(entry["policy_kwargs"])  # the zoo's own notation
-    if str(entry.get("learning_rate", "")).startswith("lin_"):
-        entry["learning_rate"] = rl_zoo3.linear_schedule(entry["learning_rate"].removeprefix("lin_"))
     return entry
 
 
@@ -56,6 +54,8 @@ def train_and_evaluate(run: dict[str, Any]) -> dict[str, Any]:
     steps = run["steps"] or int(arguments["n_timesteps"])
     arguments = {"policy": "MlpPolicy", **arguments, **run["params"]}
     arguments.pop("n_timesteps", None)
+    if str(arguments.get("learning_rate", "")).startswith("lin_"):  # the zoo's notation
+        arguments["learning_rate"] = rl_zoo3.linear_schedule(arguments["learning_rate"].removeprefix("lin_"))
     model = ALGORITHMS[run["algorithm"]](env=gymnasium.make(run["env"]), seed=run["seed"], **arguments)
     start = time.perf_counter()
     model.learn(steps)

@@ -31,18 +31,20 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import LinearSchedule, get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
+from sb3_lecture_dqn.fast_update import FastUpdate
 from sb3_lecture_dqn.files import check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.validation import (
+    check_above_zero,
     check_action_space,
     check_at_least,
     check_in_unit_interval,
+    check_int_at_least,
     check_policy_class,
-    check_positive_int,
 )
 
 SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
@@ -236,9 +238,8 @@ class LectureDQN(OffPolicyAlgorithm):
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
-        self.exploration_schedule = LinearSchedule(
-            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
-        )
+        self.exploration_schedule = self._make_exploration_schedule()
+        self._fast_update: FastUpdate | None = None
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
         if self.n_envs > self.target_update_interval:
             warnings.warn(
@@ -249,20 +250,17 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _check_hyperparameters(self) -> None:
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval"):
-            check_positive_int(name, getattr(self, name))
-        for name in (
-            "gamma",
-            "tau",
-            "exploration_fraction",
-            "exploration_initial_eps",
-            "exploration_final_eps",
-        ):
+            check_int_at_least(name, getattr(self, name), 1)
+        for name in ("gamma", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"):
             check_in_unit_interval(name, getattr(self, name))
+        check_int_at_least("gradient_steps", self.gradient_steps, -1)
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
         if self.max_grad_norm is not None:
-            check_at_least("max_grad_norm", self.max_grad_norm, 0)
+            check_above_zero("max_grad_norm", self.max_grad_norm)
+        if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
+            check_int_at_least("train_freq", self.train_freq, 1)
 
     def _set_default_done_flag(self) -> None:
         """d = terminated ∨ truncated (L2), unless the user or a buffer of their own says otherwise."""
@@ -272,6 +270,11 @@ class LectureDQN(OffPolicyAlgorithm):
                 return
         # A copy: the user's dictionary stays as it was.
         self.replay_buffer_kwargs = {"handle_timeout_termination": False, **self.replay_buffer_kwargs}
+
+    def _make_exploration_schedule(self) -> Schedule:
+        if self.exploration_fraction == 0:  # SB3's LinearSchedule would divide by it
+            return ConstantSchedule(self.exploration_final_eps)
+        return LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net
@@ -368,26 +371,57 @@ class LectureDQN(OffPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
+        fast_update = self._current_fast_update()
         for _ in range(gradient_steps):
             batch = self._sample_batch(batch_size)
             discounts = self.gamma if batch.discounts is None else batch.discounts
-            with th.no_grad():
-                next_q_values = self.q_net_target(batch.next_observations)  # Q(s', ·, ψ)
-                targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
-            all_q_values = self.q_net(batch.observations)  # Q(s, ·, θ)
-            q_values = all_q_values.gather(dim=1, index=batch.actions.long())  # Q(s, a, θ)
-            loss = squared_td_error(q_values, targets)
-
-            self.policy.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            gradient_norm = self._clip_gradient()
-            self.policy.optimizer.step()
-
+            if fast_update is None:
+                metrics = self._gradient_step(batch, discounts)
+            else:
+                metrics = self._fast_gradient_step(fast_update, batch, discounts)
             self._n_updates += 1
-            self._training_metrics.add(loss, q_values.mean(), targets.mean(), gradient_norm)
+            self._training_metrics.add(*metrics)
             if self._n_updates % self.metrics_interval == 0:
                 self._record_training_metrics()
+        if fast_update is not None:
+            fast_update.adam.write_step_count()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _gradient_step(self, batch: ReplayBufferSamples, discounts: th.Tensor | float) -> tuple[th.Tensor, ...]:
+        """
+        One gradient step on θ, as the slide has it.
+
+        :param batch: B
+        :param discounts: γ of all transitions, or of each
+        :return: The loss, the mean Q(s, a, θ), the mean target and the norm of the gradient
+        """
+        with th.no_grad():
+            next_q_values = self.q_net_target(batch.next_observations)  # Q(s', ·, ψ)
+            targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
+        all_q_values = self.q_net(batch.observations)  # Q(s, ·, θ)
+        q_values = all_q_values.gather(dim=1, index=batch.actions.long())  # Q(s, a, θ)
+        loss = squared_td_error(q_values, targets)
+
+        self.policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = self._clip_gradient()
+        self.policy.optimizer.step()
+        return loss, q_values.mean(), targets.mean(), gradient_norm
+
+    def _fast_gradient_step(
+        self, fast_update: FastUpdate, batch: ReplayBufferSamples, discounts: th.Tensor | float
+    ) -> tuple[th.Tensor, ...]:
+        """The same function as :meth:`_gradient_step`, without PyTorch's modules and graph."""
+        next_q_values = fast_update.next_q_values(batch.next_observations)
+        targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
+        loss, q_values, gradient_norm = fast_update.step(batch.observations, batch.actions.long(), targets, self.max_grad_norm)
+        return loss, q_values.mean(), targets.mean(), gradient_norm
+
+    def _current_fast_update(self) -> FastUpdate | None:
+        """The fast update, made again where the policy changed since; ``None`` where only the plain one is right."""
+        if self._fast_update is None or not self._fast_update.is_current(self.policy):
+            self._fast_update = FastUpdate.for_policy(self.policy)
+        return self._fast_update
 
     def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
         """B ~ U(D) (L11), drawn by the algorithm's own generator."""
@@ -505,6 +539,7 @@ class LectureDQN(OffPolicyAlgorithm):
             "q_net",
             "q_net_target",
             "random_generator",
+            "_fast_update",
             "_training_metrics",
         ]
 

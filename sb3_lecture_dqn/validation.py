@@ -17,20 +17,33 @@ def check_at_least(name: str, value: Any, low: float) -> None:
     :param low: Smallest allowed value
     :raises ValueError: if it is not a finite number of at least ``low``
     """
-    if not _is_real(value) or value < low:
+    if not _is_real(value) or not low <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least {low}, got {value!r}")
 
 
-def check_positive_int(name: str, value: Any) -> None:
+def check_above_zero(name: str, value: Any) -> None:
     """
-    Check that a value is a whole number of at least 1.
+    Check that a number is above 0; infinity is allowed.
 
     :param name: Name of the argument
     :param value: What the user passed
-    :raises ValueError: if it is not an integer, or below 1
+    :raises ValueError: if it is not a number above 0
     """
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not _is_real(value) or not value > 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_int_at_least(name: str, value: Any, low: int) -> None:
+    """
+    Check that a value is a whole number of at least ``low``.
+
+    :param name: Name of the argument
+    :param value: What the user passed
+    :param low: Smallest allowed value
+    :raises ValueError: if it is not an integer, or below ``low``
+    """
+    if not _is_int(value) or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
 def check_in_unit_interval(name: str, value: Any) -> None:
@@ -90,4 +103,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,255 @@
+"""The fast update is the plain update: the same function, and silently absent where it would not be."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+
+from sb3_lecture_dqn import LectureDQN
+
+VECTOR = spaces.Box(-3, 3, (5,), np.float32)
+IMAGE = spaces.Box(0, 255, (1, 12, 12), np.uint8)
+SPACES = {
+    "vector": VECTOR,
+    "image": IMAGE,
+    "dict": spaces.Dict({"vector": VECTOR, "image": IMAGE, "number": spaces.Discrete(3)}),
+}
+BATCH_SIZE = 16
+
+
+class SmallCnn(FlattenExtractor):
+    """A trained encoder for images that are too small for the Nature CNN."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self._features_dim = 32
+        self.layers = nn.Sequential(nn.Conv2d(1, 2, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 32))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.layers(observations.to(next(self.parameters()).dtype))
+        return features
+
+
+class DoubleFlatten(FlattenExtractor):
+    """SB3 turns observations into float32; this turns them back."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations).double()
+
+
+class DictEncoder(BaseFeaturesExtractor):
+    """A trained encoder of the image beside the vector and the number."""
+
+    def __init__(self, observation_space: spaces.Dict) -> None:
+        super().__init__(observation_space, features_dim=5 + 3 + 8)
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(144, 8))
+
+    def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
+        dtype = self.image[1].weight.dtype
+        image = self.image(observations["image"].to(dtype))
+        return th.cat([image, observations["vector"].to(dtype), observations["number"].flatten(1).to(dtype)], dim=1)
+
+
+EXTRACTORS = {"vector": DoubleFlatten, "image": SmallCnn, "dict": DictEncoder}
+POLICIES = {"vector": "MlpPolicy", "image": "CnnPolicy", "dict": "MultiInputPolicy"}
+
+
+class SpaceEnv:
+    """Only the spaces of an environment, as SB3 needs them to set a model up."""
+
+    def __new__(cls, kind: str) -> Any:
+        import gymnasium
+
+        env: Any = gymnasium.Env()
+        env.observation_space, env.action_space = SPACES[kind], spaces.Discrete(3)
+        env.reset = lambda **_: (env.observation_space.sample(), {})
+        return env
+
+
+def make_model(kind: str, fast: bool, dtype: th.dtype = th.float64, **kwargs: Any) -> LectureDQN:
+    policy_kwargs = {"net_arch": [16, 16], "final_layer_std": 0.3, **kwargs.pop("policy_kwargs", {})}
+    if dtype == th.float64 or kind != "vector":
+        policy_kwargs["features_extractor_class"] = EXTRACTORS[kind]
+    model = LectureDQN(POLICIES[kind], SpaceEnv(kind), buffer_size=10, policy_kwargs=policy_kwargs, seed=0, **kwargs)
+    model.policy.to(dtype)
+    model._setup_learn(10_000)
+    if not fast:
+        model._current_fast_update = lambda: None  # type: ignore[method-assign]
+    return model
+
+
+def random_batch(kind: str, rng: np.random.Generator, dtype: th.dtype = th.float64) -> ReplayBufferSamples:
+    def observations() -> Any:
+        samples: dict[str, Any] = {
+            "vector": th.as_tensor(rng.normal(size=(BATCH_SIZE, 5)).astype(np.float32)),
+            "image": th.as_tensor(rng.integers(255, size=(BATCH_SIZE, 1, 12, 12)), dtype=th.uint8),
+            "number": th.as_tensor(rng.integers(3, size=(BATCH_SIZE, 1))),
+        }
+        return samples if kind == "dict" else samples[kind]
+
+    return ReplayBufferSamples(
+        observations=observations(),
+        actions=th.as_tensor(rng.integers(3, size=(BATCH_SIZE, 1))),
+        next_observations=observations(),
+        dones=th.as_tensor(rng.integers(2, size=(BATCH_SIZE, 1))).to(dtype),
+        rewards=th.as_tensor(rng.normal(size=(BATCH_SIZE, 1))).to(dtype),
+    )
+
+
+def train_on(model: LectureDQN, batch: ReplayBufferSamples) -> None:
+    model._sample_batch = lambda _: batch  # type: ignore[method-assign]
+    model.train(gradient_steps=1, batch_size=BATCH_SIZE)
+    model._on_step()
+
+
+def largest_difference(first: LectureDQN, second: LectureDQN) -> float:
+    pairs = zip(first.policy.parameters(), second.policy.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("kind", ["vector", "image", "dict"])
+def test_both_paths_agree_in_float64_over_500_updates(kind: str, max_grad_norm: float | None) -> None:
+    kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "target_update_interval": 20, "learning_rate": 1e-3}
+    plain, fast = (make_model(kind, fast, **kwargs) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        batch = random_batch(kind, rng)
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert fast._fast_update is not None
+    assert plain._fast_update is None
+    assert largest_difference(plain, fast) < 1e-9
+    assert largest_difference(plain, make_model(kind, fast=False)) > 0.01
+
+
+@pytest.mark.parametrize(
+    "layers", [{"layer_norm": False}, {"activation_fn": nn.ReLU}, {"net_arch": []}, {"net_arch": [7, 5, 3]}]
+)
+def test_both_paths_agree_for_other_layers(layers: dict[str, Any]) -> None:
+    plain, fast = (make_model("vector", fast, policy_kwargs=layers) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        batch = random_batch("vector", rng)
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert fast._fast_update is not None
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def test_both_paths_agree_with_n_step_discounts() -> None:
+    plain, fast = (make_model("vector", fast) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        discounts = th.as_tensor(rng.choice([0.9, 0.81], size=(BATCH_SIZE, 1)))
+        batch = random_batch("vector", rng)._replace(discounts=discounts)
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def test_one_float32_update_from_the_same_state_agrees_at_100_points_of_a_real_run() -> None:
+    """Longer float32 runs drift apart by rounding alone, so each update starts from the same state."""
+    policy_kwargs = {"net_arch": [32, 32]}
+    run = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, policy_kwargs=policy_kwargs, seed=0)
+    run.learn(60)
+    plain = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs)
+    plain._current_fast_update = lambda: None  # type: ignore[method-assign]
+    plain._setup_learn(100)
+    for _ in range(100):
+        run.learn(8, reset_num_timesteps=False)
+        plain.set_parameters(_copied(run.get_parameters()))  # PyTorch's optimizers keep what they are given
+        batch = run._sample_batch(BATCH_SIZE)
+        for model in (run, plain):
+            original = model._sample_batch
+            train_on(model, batch)
+            model._sample_batch = original  # type: ignore[method-assign]
+        pairs = zip(run.q_net.parameters(), plain.q_net.parameters(), strict=True)
+        assert max((a - b).abs().max().item() for a, b in pairs) < 1e-6
+    assert run._fast_update is not None
+
+
+def test_optimizer_state_is_the_same_so_that_either_path_can_go_on(tmp_path: Path) -> None:
+    plain, fast = (make_model("vector", fast) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    batches = [random_batch("vector", rng) for _ in range(40)]
+    for batch in batches[:20]:
+        train_on(plain, batch)
+        train_on(fast, batch)
+    for state, other in zip(*(m.policy.optimizer.state.values() for m in (plain, fast)), strict=True):
+        assert state["step"] == other["step"] == 20
+        assert th.allclose(state["exp_avg"], other["exp_avg"], atol=1e-12)
+        assert th.allclose(state["exp_avg_sq"], other["exp_avg_sq"], atol=1e-12)
+    # each goes on from the other's state
+    plain_parameters, fast_parameters = (_copied(model.get_parameters()) for model in (plain, fast))
+    plain.set_parameters(fast_parameters)
+    fast.set_parameters(plain_parameters)
+    for batch in batches[20:]:
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, th.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+def test_a_learning_rate_schedule_reaches_the_fast_path() -> None:
+    plain, fast = (make_model("vector", fast, learning_rate=lambda progress: 1e-2 * progress) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for progress in (1.0, 0.5, 0.1):
+        batch = random_batch("vector", rng)
+        for model in (plain, fast):
+            model._current_progress_remaining = progress
+            train_on(model, batch)
+    assert largest_difference(plain, fast) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        {"activation_fn": nn.Tanh},
+        {"optimizer_class": th.optim.SGD},
+        {"optimizer_class": th.optim.AdamW},
+        {"optimizer_kwargs": {"weight_decay": 0.1}},
+        {"optimizer_kwargs": {"amsgrad": True}},
+    ],
+)
+def test_the_plain_path_is_taken_for_what_the_fast_one_does_not_do(policy_kwargs: dict[str, Any]) -> None:
+    model = make_model("vector", fast=True, policy_kwargs=policy_kwargs)
+    before = [parameter.clone() for parameter in model.q_net.parameters()]
+    train_on(model, random_batch("vector", np.random.default_rng(0)))
+    assert model._fast_update is None
+    assert any((a != b).any() for a, b in zip(before, model.q_net.parameters(), strict=True))
+
+
+def test_a_hook_that_appears_in_the_middle_of_a_run_is_called() -> None:
+    model = make_model("vector", fast=True)
+    batch = random_batch("vector", np.random.default_rng(0))
+    train_on(model, batch)
+    assert model._fast_update is not None
+    calls: list[int] = []
+    model.q_net.q_net[0].register_forward_hook(lambda *_: calls.append(1))
+    train_on(model, batch)
+    assert calls == [1]
+
+
+def test_a_file_holds_the_parameters_alone(tmp_path: Path) -> None:
+    model = make_model("vector", fast=True, dtype=th.float32)
+    train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+    model.save(tmp_path / "fast")
+    plain = make_model("vector", fast=False, dtype=th.float32)
+    train_on(plain, random_batch("vector", np.random.default_rng(0), th.float32))
+    plain.save(tmp_path / "plain")
+    sizes = [(tmp_path / name).with_suffix(".zip").stat().st_size for name in ("fast", "plain")]
+    assert sizes[0] < 1.1 * sizes[1]

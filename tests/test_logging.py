@@ -1,0 +1,73 @@
+"""What is logged, and that logging does not wait for the device at every gradient step."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch as th
+from stable_baselines3.common.logger import configure
+
+from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.metrics import RunningMeans
+
+
+def test_running_means_are_means_since_the_last_read() -> None:
+    means = RunningMeans(("loss", "q_values"))
+    assert means.pop() == {}
+    means.add(th.tensor(1.0), th.tensor(10.0))
+    means.add(th.tensor(3.0), th.tensor(20.0))
+    assert means.pop() == {"loss": 2.0, "q_values": 15.0}
+    means.add(th.tensor(5.0), th.tensor(0.0))
+    assert means.pop() == {"loss": 5.0, "q_values": 0.0}
+    assert means.pop() == {}
+
+
+def test_a_metric_keeps_no_graph_alive() -> None:
+    means = RunningMeans(("loss",))
+    means.add(th.ones(1, requires_grad=True).sum())
+    assert means._sums is not None
+    assert not means._sums.requires_grad
+
+
+def train_with_log(folder: Path, **kwargs: Any) -> tuple[LectureDQN, list[dict[str, str]]]:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs={"net_arch": [8]}, seed=0, **kwargs)
+    model.set_logger(configure(str(folder), ["csv"]))
+    model.learn(600, log_interval=2)
+    model.logger.close()
+    with (folder / "progress.csv").open() as file:
+        return model, list(csv.DictReader(file))
+
+
+def test_every_promised_value_is_logged(tmp_path: Path) -> None:
+    model, rows = train_with_log(tmp_path)
+    last = {key: float(value) for key, value in rows[-1].items() if value}
+    names = ("loss", "q_values", "td_target", "gradient_norm", "learning_rate", "n_updates")
+    assert set(last) >= {f"train/{name}" for name in names} | {"rollout/exploration_rate", "rollout/ep_rew_mean"}
+    assert last["rollout/exploration_rate"] == model.exploration_final_eps
+    assert last["train/learning_rate"] == model.learning_rate
+    assert last["train/gradient_norm"] > 0
+    # rewards are 1, so a target is at least near 1, and Q goes towards it
+    assert last["train/td_target"] > last["train/q_values"] * 0.5 > 0
+
+
+def test_the_device_is_read_once_in_many_gradient_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        original = getattr(th.Tensor, name)
+
+        def counted(tensor: th.Tensor, *args: Any, _name: str = name, _original: Any = original) -> Any:
+            reads.append(_name)
+            return _original(tensor, *args)
+
+        monkeypatch.setattr(th.Tensor, name, counted)
+    # Adam reads its own step counter, which PyTorch keeps on the CPU; SGD has none
+    policy_kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs=policy_kwargs, seed=0)
+    model.learn(40)
+    reads.clear()
+    model.train(gradient_steps=50, batch_size=16)
+    assert model._n_updates < model.metrics_interval
+    assert reads == []
+    model.train(gradient_steps=model.metrics_interval, batch_size=16)
+    assert reads == ["tolist"]

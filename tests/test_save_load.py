@@ -1,0 +1,156 @@
+"""Model files: the same predictions after loading, nothing lost by a failure, clear errors for bad files."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_lecture_dqn import LectureDQN
+
+OBSERVATIONS = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def trained() -> LectureDQN:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, policy_kwargs={"net_arch": [16]}, seed=0)
+    return model.learn(400)
+
+
+def q_values(model: LectureDQN) -> np.ndarray:
+    return model.q_net(th.as_tensor(OBSERVATIONS)).detach().numpy()
+
+
+def test_a_loaded_model_predicts_the_same(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model")
+    np.testing.assert_array_equal(q_values(trained), q_values(loaded))
+    np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (trained, loaded)))
+    assert loaded.exploration_rate == trained.exploration_rate
+    for psi, loaded_psi in zip(trained.q_net_target.parameters(), loaded.q_net_target.parameters(), strict=True):
+        assert th.equal(psi, loaded_psi)
+
+
+def test_a_loaded_model_goes_on_learning(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", env=gymnasium.make("CartPole-v1"))
+    updates, timesteps = loaded._n_updates, loaded.num_timesteps
+    loaded.learn(100, reset_num_timesteps=False)
+    assert loaded._n_updates == updates + 100
+    assert loaded.num_timesteps == timesteps + 100
+
+
+def test_a_model_loads_for_another_number_of_environments(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", env=make_vec_env("CartPole-v1", n_envs=3))
+    assert loaded.learn(60).replay_buffer.observations.shape[1] == 3  # type: ignore[union-attr]
+
+
+def test_loading_to_play_allocates_no_replay_buffer(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", env=gymnasium.make("CartPole-v1"))
+    loaded.predict(OBSERVATIONS)
+    assert loaded.__dict__["replay_buffer"] is None
+    assert loaded.buffer_size == trained.buffer_size
+
+
+def test_the_replay_buffer_survives_its_own_file(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save_replay_buffer(tmp_path / "buffer")
+    loaded = LectureDQN("MlpPolicy", "CartPole-v1")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert trained.replay_buffer is not None
+    assert loaded.replay_buffer is not None
+    assert loaded.replay_buffer.pos == trained.replay_buffer.pos
+    np.testing.assert_array_equal(loaded.replay_buffer.observations, trained.replay_buffer.observations)
+
+
+def test_the_replay_buffer_can_be_included_in_the_model_file(tmp_path: Path) -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", buffer_size=100, policy_kwargs={"net_arch": [4]}).learn(40)
+    model.save(tmp_path / "model", include=["replay_buffer"])
+    loaded = LectureDQN.load(tmp_path / "model")
+    assert loaded.replay_buffer is not None
+    assert loaded.replay_buffer.pos == 40
+
+
+def test_file_objects_work_like_paths(trained: LectureDQN) -> None:
+    file = io.BytesIO()
+    trained.save(file)
+    file.seek(0)
+    np.testing.assert_array_equal(q_values(LectureDQN.load(file)), q_values(trained))
+
+
+def test_set_parameters_takes_a_file_or_a_dictionary(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    for source in (str(tmp_path / "model"), trained.get_parameters()):
+        other = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16]}, seed=9)
+        assert not np.array_equal(q_values(other), q_values(trained))
+        other.set_parameters(source)
+        np.testing.assert_array_equal(q_values(other), q_values(trained))
+
+
+def test_a_name_without_an_ending_gets_zip_and_missing_folders_are_made(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(str(tmp_path / "new" / "folder" / "model"))
+    assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["model.zip"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    before = (tmp_path / "model.zip").read_bytes()
+    model = LectureDQN.load(tmp_path / "model")
+    model.unpicklable = (_ for _ in ())  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="generator"):
+        model.save(tmp_path / "model")
+    assert (tmp_path / "model.zip").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_named(trained: LectureDQN, tmp_path: Path, share: float) -> None:
+    trained.save(tmp_path / "model")
+    content = (tmp_path / "model.zip").read_bytes()
+    (tmp_path / "half.zip").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"path must be a whole model file of LectureDQN, got .*half\.zip"):
+        LectureDQN.load(tmp_path / "half.zip")
+
+
+def test_a_file_that_is_not_a_zip_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.zip").write_text("no model")
+    with pytest.raises(ValueError, match=r"path must be a whole model file of LectureDQN, got .*notes\.zip"):
+        LectureDQN.load(tmp_path / "notes.zip")
+
+
+def test_a_damaged_member_is_named(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        start = archive.getinfo("policy.pth").header_offset + 200
+    content = bytearray((tmp_path / "model.zip").read_bytes())
+    content[start] ^= 0xFF
+    (tmp_path / "model.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"policy\.pth"):
+        LectureDQN.load(tmp_path / "model")
+
+
+def test_a_zip_without_a_model_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("data", json.dumps({"hello": 1}))
+    with pytest.raises(ValueError, match=r"path must be a whole model file of LectureDQN, got .*other\.zip"):
+        LectureDQN.load(tmp_path / "other.zip")
+
+
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_a_model_of_another_algorithm_is_named(tmp_path: Path, algorithm: Any) -> None:
+    algorithm("MlpPolicy", "CartPole-v1").save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"path must be a model of LectureDQN, got .*other with the policy"):
+        LectureDQN.load(tmp_path / "other")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        LectureDQN.load(tmp_path / "nowhere")
