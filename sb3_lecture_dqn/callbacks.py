@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import (
     unwrap_vec_normalize,
 )
 
-from sb3_lecture_dqn.validation import check_positive_int
+from sb3_lecture_dqn.validation import check_int_at_least
 
 DEFAULT_EVAL_FREQ = 10_000
 
@@ -57,9 +57,9 @@ class OverestimationCallback(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        check_positive_int("n_eval_episodes", n_eval_episodes)
+        check_int_at_least("n_eval_episodes", n_eval_episodes, 1)
         if eval_freq is not None:
-            check_positive_int("eval_freq", eval_freq)
+            check_int_at_least("eval_freq", eval_freq, 1)
         self.eval_env = eval_env
         self.eval_freq = eval_freq
         self.n_eval_episodes = n_eval_episodes
