@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_lecture_dqn import LectureDQN
 
 SEEDS = range(4)
-STEPS, EVALUATE_EVERY = 6_000, 500
+STEPS, EVALUATE_EVERY = 5_000, 500
 
 
 class LatestTransitions(ReplayBuffer):
@@ -33,7 +33,7 @@ class LatestTransitions(ReplayBuffer):
 
 
 class WatchReturn(BaseCallback):
-    """Plays five episodes with π now and then."""
+    """Plays three episodes with π now and then."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class WatchReturn(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.num_timesteps % EVALUATE_EVERY == 0:
-            self.returns.append(float(evaluate_policy(self.model, self.env, 5, warn=False)[0]))
+            self.returns.append(float(evaluate_policy(self.model, self.env, 3, warn=False)[0]))
         return True
 
 
@@ -83,7 +83,7 @@ def main() -> None:
             f"{', '.join(f'{value:.0f}' for value in second_half)}); the most is 500.",
             flush=True,
         )
-    axes.set(xlabel="environment steps", ylabel="return of π, mean of 5 episodes", ylim=(0, 510))
+    axes.set(xlabel="environment steps", ylabel="return of π, mean of 3 episodes", ylim=(0, 510))
     axes.set_title(f"CartPole, 64 transitions in a batch (median and range of {len(SEEDS)} seeds)")
     axes.legend()
     save_picture(figure, "correlated_batches")
