@@ -100,8 +100,9 @@ def main() -> None:
         first.set_title("Steps to the first goal (dots: seeds, bar: median)")
         first.set(yticks=range(2), yticklabels=["uniform", "ε-greedy"], ylim=(-0.6, 1.6), xlim=(0, STEPS * 1.03))
     panels[0, 0].legend()
-    panels[1, 0].set_xlabel("state")
+    panels[1, 0].set(xlabel="state", xticks=range(0, LENGTH, 5))
     panels[1, 1].set_xlabel(f"environment steps ({STEPS}: never)")
+    figure.suptitle(f"A chain of {LENGTH} states (left: mean and range of {len(SEEDS)} seeds)")
     save_picture(figure, "exploration")
 
 
