@@ -243,8 +243,8 @@ class LectureDQN(OffPolicyAlgorithm):
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
         if self.n_envs > self.target_update_interval:
             warnings.warn(
-                f"target_update_interval ({self.target_update_interval}) is smaller than the number of environments "
-                f"({self.n_envs}): the target network is updated after each step of all environments",
+                f"The number of environments used is greater than target_update_interval ({self.n_envs} > "
+                f"{self.target_update_interval}): the target network is updated after each step of all of them",
                 stacklevel=2,
             )
 

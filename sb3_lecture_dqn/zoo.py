@@ -20,9 +20,10 @@ from typing import Any
 
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
-from sb3_lecture_dqn.zoo_startup import SWITCH
 
 ALGORITHM = "lecture_dqn"
+#: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
+SWITCH = "SB3_LECTURE_DQN_ZOO"
 #: Keys of a hyperparameter entry that are the zoo's own, not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -45,9 +46,10 @@ COMMANDS = {
     "load_from_hub": "rl_zoo3.load_from_hub",
     "push_to_hub": "rl_zoo3.push_to_hub",
     "benchmark": "rl_zoo3.benchmark",
-    "plot_train": "rl_zoo3.plots.plot_train",
-    "plot_from_file": "rl_zoo3.plots.plot_from_file",
-    "all_plots": "rl_zoo3.plots.all_plots",
+    # the zoo's console script reads these from its arguments
+    "plot_train": "rl_zoo3.cli",
+    "plot_from_file": "rl_zoo3.cli",
+    "all_plots": "rl_zoo3.cli",
 }
 
 
@@ -155,7 +157,9 @@ def main() -> None:
         raise SystemExit(f"command must be one of {', '.join(COMMANDS)}{given}")
     os.environ.pop(SWITCH, None)  # record_training starts rl_zoo3.record_video in a new Python
     register()
-    module = COMMANDS[sys.argv.pop(1)]
+    module = COMMANDS[sys.argv[1]]
+    if module != "rl_zoo3.cli":
+        del sys.argv[1]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

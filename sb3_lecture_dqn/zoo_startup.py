@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-SWITCH = "SB3_LECTURE_DQN_ZOO"
-
 
 class ZooFinder:
     """Finds the zoo's modules as Python would, and has ``sb3_lecture_dqn.zoo`` extend each right after its own code ran."""
@@ -80,5 +78,5 @@ def warn(error: Exception) -> None:
     sys.stderr.write(f"sb3-lecture-dqn: rl_zoo3 does not know lecture_dqn in this process ({reason})\n")
 
 
-if os.environ.get(SWITCH) != "0":
+if os.environ.get("SB3_LECTURE_DQN_ZOO") != "0":
     sys.meta_path.insert(0, ZooFinder)

@@ -1,0 +1,8 @@
+# Make ./.venv with the tested versions of everything; $1 names the extras to install. Sourced from the project's folder.
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 10))'; then
+    echo "sb3-lecture-dqn needs Python 3.10 or newer, got $("$python" --version 2>&1)" >&2
+    exit 1
+fi
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"

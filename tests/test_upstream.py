@@ -1,0 +1,56 @@
+"""What the package relies on in Stable-Baselines3 beyond its documentation; a failure here says that upstream has changed."""
+
+import inspect
+
+import pytest
+from stable_baselines3.common import buffers, off_policy_algorithm, save_util
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_lecture_dqn import LectureDQN
+
+ADVICE = "Stable-Baselines3 has changed: sb3_lecture_dqn/lecture_dqn.py must follow"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_setup_model", []),
+        ("_setup_learn", ["total_timesteps", "callback", "reset_num_timesteps", "tb_log_name", "progress_bar"]),
+        ("_on_step", []),
+        ("_update_learning_rate", ["optimizers"]),
+        ("_excluded_save_params", []),
+        ("_get_torch_save_params", []),
+        ("dump_logs", []),
+        ("set_random_seed", ["seed"]),
+        ("save", ["path", "exclude", "include"]),
+    ],
+)
+def test_methods_that_lecture_dqn_overrides_or_calls_take_what_they_took(method: str, parameters: list[str]) -> None:
+    assert list(inspect.signature(getattr(OffPolicyAlgorithm, method)).parameters)[1:] == parameters, ADVICE
+
+
+def test_attributes_that_lecture_dqn_reads_are_set_by_sb3() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1")
+    for name in ("_vec_normalize_env", "_current_progress_remaining", "_n_updates", "_logger"):
+        is_there = name in vars(model) or name in OffPolicyAlgorithm.__annotations__ or name == "_logger"
+        assert is_there, f"{ADVICE} ({name})"
+
+
+def test_sb3_asks_for_the_replay_buffer_before_it_makes_one() -> None:
+    source = inspect.getsource(off_policy_algorithm.OffPolicyAlgorithm._setup_model)
+    assert "if self.replay_buffer is None" in source, ADVICE
+
+
+def test_sb3s_buffers_draw_from_numpys_global_generator() -> None:
+    assert "np.random.randint" in inspect.getsource(buffers.BaseBuffer.sample), f"{ADVICE} (seeding.numpy_draws_from)"
+
+
+def test_the_file_helpers_that_files_uses_are_there() -> None:
+    assert callable(save_util.open_path), ADVICE
+    assert callable(save_util.json_to_data), ADVICE
+
+
+def test_policies_have_the_hooks_that_ours_fill_in() -> None:
+    for name in ("_predict", "_get_constructor_parameters", "_update_features_extractor", "extract_features"):
+        assert callable(getattr(BasePolicy, name)), f"{ADVICE} (policies.py, {name})"

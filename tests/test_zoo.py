@@ -1,0 +1,294 @@
+"""rl_zoo3's commands with ``--algo lecture_dqn``, as users type them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from sb3_lecture_dqn import LectureDQN, zoo
+from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
+
+
+def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder that has nothing to do with the project."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the logs of one short training, by the command of the README."""
+    folder = tmp_path_factory.mktemp("zoo")
+    arguments = ["--algo", "lecture_dqn", "--env", "LunarLander-v2", "-n", "400", "--eval-freq", "200", "--eval-episodes", "2"]
+    result = run("-m", "rl_zoo3.train", *arguments, "--seed", "0", "--save-freq", "200", folder=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_train_saves_a_model_that_was_trained_by_our_hyperparameter_file(trained_folder: Path) -> None:
+    run_folder = trained_folder / "logs" / "lecture_dqn" / "LunarLander-v2_1"
+    model = LectureDQN.load(run_folder / "LunarLander-v2.zip")
+    assert model._n_updates == 400
+    config = yaml.unsafe_load((run_folder / "LunarLander-v2" / "config.yml").read_text())
+    ours = yaml.safe_load(zoo.HYPERPARAMS_FILE.read_text())["LunarLander-v2"]
+    assert dict(config) == ours
+    assert model.batch_size == ours["batch_size"]
+
+
+def test_enjoy_plays_the_model(trained_folder: Path) -> None:
+    arguments = ["--algo", "lecture_dqn", "--env", "LunarLander-v2", "-f", "logs", "--no-render", "-n", "1001"]
+    result = run("-m", "rl_zoo3.enjoy", *arguments, folder=trained_folder)
+    assert result.returncode == 0, result.stderr
+    assert "Mean reward:" in result.stdout
+
+
+def test_record_video_writes_a_video(trained_folder: Path) -> None:
+    arguments = ["--algo", "lecture_dqn", "--env", "LunarLander-v2", "-f", "logs", "-n", "10", "-o", "videos", "--load-best"]
+    result = run("-m", "rl_zoo3.record_video", *arguments, folder=trained_folder)
+    assert result.returncode == 0, result.stderr
+    assert [video.suffix for video in (trained_folder / "videos").iterdir() if video.suffix != ".json"] == [".mp4"]
+
+
+def test_benchmark_lists_the_model(trained_folder: Path) -> None:
+    # upstream's benchmark calls an enjoy.py in the working folder
+    (trained_folder / "enjoy.py").write_text("from rl_zoo3.enjoy import enjoy\n\nenjoy()\n")
+    arguments = ["--log-dir", "logs", "--benchmark-dir", "benchmark", "--no-hub", "-n", "1001", "--test-mode"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = run("-m", "rl_zoo3.benchmark", *arguments, folder=trained_folder, PATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "lecture_dqn" in (trained_folder / "benchmark" / "benchmark.md").read_text()
+
+
+def test_plots_draw_the_training(trained_folder: Path) -> None:
+    train = ["plot_train", "-a", "lecture_dqn", "-e", "LunarLander-v2", "-f", "logs", "-w", "1"]
+    everything = ["all_plots", "-a", "lecture_dqn", "-e", "LunarLander-v2", "-f", "logs", "-o", "plots"]
+    for arguments in (train, everything):
+        result = run("-m", "sb3_lecture_dqn.zoo", *arguments, folder=trained_folder)
+        assert result.returncode == 0, result.stderr
+    assert "LECTURE_DQN" in result.stdout
+    assert (trained_folder / "plots.pkl").exists()
+
+
+def test_every_command_and_the_console_script_know_the_algorithm(tmp_path: Path) -> None:
+    modules = ["train", "enjoy", "record_video", "record_training", "load_from_hub", "cli"]
+    script = f"""
+import contextlib, io, runpy, sys
+for name in {modules!r}:
+    sys.argv = ["rl_zoo3", *(["train"] if name == "cli" else []), "--help"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        runpy.run_module("rl_zoo3." + name, run_name="__main__")
+    print(name, "lecture_dqn" in output.getvalue())
+"""
+    result = run("-c", script, folder=tmp_path)
+    assert result.stdout.split("\n")[:-1] == [f"{name} True" for name in modules], result.stderr
+
+
+def test_the_explicit_path_works_with_the_start_up_hook_switched_off(tmp_path: Path) -> None:
+    arguments = ["--algo", "lecture_dqn", "--env", "CartPole-v1", "-n", "100", "--eval-freq", "-1"]
+    result = run("-m", "sb3_lecture_dqn.zoo", "train", *arguments, folder=tmp_path, **{zoo.SWITCH: "0"})
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
+
+
+def test_the_switch_hides_the_algorithm_from_the_zoo(tmp_path: Path) -> None:
+    result = run("-m", "rl_zoo3.train", "--algo", "lecture_dqn", folder=tmp_path, **{zoo.SWITCH: "0"})
+    assert result.returncode == 2
+    assert "invalid choice: 'lecture_dqn'" in result.stderr
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    result = run("-m", "sb3_lecture_dqn.zoo", "fly", folder=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"command must be one of {', '.join(zoo.COMMANDS)}, got 'fly'\n"
+
+
+@pytest.fixture
+def train_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    zoo.register()
+    from rl_zoo3.train import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", "--algo", "lecture_dqn", *arguments])
+        train()
+
+    return call
+
+
+def test_an_unknown_hyperparameter_is_named_and_nothing_is_written(train_in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown hyperparameter 'learning_rat', may be one of .*learning_rate"):
+        train_in_process("--env", "CartPole-v1", "-params", "learning_rat:0.1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_environment_is_named_and_nothing_is_written(train_in_process: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"CartPoel-v1 not found in gym registry, you maybe meant CartPole-v1\?"):
+        train_in_process("--env", "CartPoel-v1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conf_file_of_the_users_own_comes_first(train_in_process: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text("CartPole-v1: {n_timesteps: 60, policy: MlpPolicy, batch_size: 7}\n")
+    train_in_process("--env", "CartPole-v1", "-conf", "mine.yml", "--eval-freq", "-1", "--verbose", "0")
+    model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert model.batch_size == 7
+
+
+def test_an_environment_without_an_entry_gets_the_default(train_in_process: Any, tmp_path: Path) -> None:
+    train_in_process("--env", "Taxi-v4" if "Taxi-v4" in _registered() else "Taxi-v3", "-n", "60", "--eval-freq", "-1")
+    assert len(list((tmp_path / "logs" / "lecture_dqn").iterdir())) == 1
+
+
+def _registered() -> set[str]:
+    import gymnasium
+
+    return set(gymnasium.registry)
+
+
+def test_a_trained_agent_goes_on_with_its_replay_buffer(train_in_process: Any, tmp_path: Path) -> None:
+    common = ["--env", "CartPole-v1", "-n", "1100", "--eval-freq", "-1", "--verbose", "0", "--save-replay-buffer"]
+    train_in_process(*common)
+    first = tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1"
+    train_in_process(*common, "-i", str(first / "CartPole-v1.zip"))
+    second = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_2" / "CartPole-v1.zip")
+    second.load_replay_buffer(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_2" / "replay_buffer.pkl")
+    assert second.replay_buffer is not None
+    assert second.replay_buffer.pos > 2_000
+
+
+def test_three_optuna_trials_and_a_run_of_one_of_them(train_in_process: Any, tmp_path: Path) -> None:
+    study = ["--storage", "study.log", "--study-name", "lander", "--env", "CartPole-v1", "--seed", "0"]
+    search = ["-optimize", "--n-trials", "3", "-n", "300", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    train_in_process(*study, *search)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("study.log"))
+    trials = optuna.load_study(study_name="lander", storage=storage).trials
+    assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 3
+    assert all(0.9 < trial.user_attrs["gamma"] < 1 for trial in trials)
+
+    train_in_process(*study, "--trial-id", "2", "-n", "60", "--eval-freq", "-1")
+    # the search has made the folder with the number 1
+    model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_2" / "CartPole-v1.zip")
+    assert model.batch_size == trials[2].params["batch_size"]
+    assert model.gamma == pytest.approx(1 - trials[2].params["one_minus_gamma"])
+    assert model.q_net.net_arch == [trials[2].params["width"]] * 2
+
+
+def test_load_from_hub_lays_a_models_files_out_for_enjoy(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.register()
+    import zipfile
+
+    from huggingface_sb3 import EnvironmentName
+    from rl_zoo3 import load_from_hub
+
+    run_folder = trained_folder / "logs" / "lecture_dqn" / "LunarLander-v2_1"
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    with zipfile.ZipFile(hub / "train_eval_metrics.zip", "w") as archive:
+        archive.write(run_folder / "0.monitor.csv", "0.monitor.csv")
+    (hub / "env_kwargs.yml").write_text("{}\n")
+    (hub / "vec_normalize.pkl").touch()
+    for name in ("args.yml", "config.yml"):
+        (hub / name).write_bytes((run_folder / "LunarLander-v2" / name).read_bytes())
+    (hub / "lecture_dqn-LunarLander-v2.zip").write_bytes((run_folder / "LunarLander-v2.zip").read_bytes())
+    monkeypatch.setattr(load_from_hub, "load_from_hub", lambda _, filename: str(hub / filename))
+    load_from_hub.download_from_hub(
+        algo="lecture_dqn",
+        env_name=EnvironmentName("LunarLander-v2"),
+        exp_id=0,
+        folder=str(tmp_path / "agents"),
+        organization="someone",
+    )
+    downloaded = tmp_path / "agents" / "lecture_dqn" / "LunarLander-v2_1" / "LunarLander-v2.zip"
+    assert LectureDQN.load(downloaded)._n_updates == 400
+
+
+def test_every_entry_of_the_hyperparameter_file_builds_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    zoo.register()
+    import ale_py
+    import gymnasium
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    gymnasium.register_envs(ale_py)
+    entries = yaml.safe_load(zoo.HYPERPARAMS_FILE.read_text())
+    env_ids = [{"default": "FrozenLake-v1", "atari": "PongNoFrameskip-v4"}.get(entry, entry) for entry in entries]
+    for env_id in env_ids:
+        manager = ExperimentManager(
+            _arguments(), "lecture_dqn", env_id, str(tmp_path), eval_freq=-1, n_timesteps=0, verbose=0, device="cpu"
+        )
+        results = manager.setup_experiment()
+        assert results is not None
+        model = results[0]
+        assert isinstance(model, LectureDQN)
+        assert manager.n_timesteps > 0
+        model.get_env().close()  # type: ignore[union-attr]
+
+
+def _arguments() -> Any:
+    import argparse
+
+    return argparse.Namespace()
+
+
+def fixed_trial(**params: Any) -> optuna.trial.FixedTrial:
+    defaults = {
+        "learning_rate": 1e-3,
+        "learning_rate_schedule": "constant",
+        "batch_size": 64,
+        "buffer_size": 50_000,
+        "learning_starts": 500,
+        "one_minus_gamma": 0.02,
+        "train_freq": 4,
+        "update_ratio": 0.5,
+        "target_update_interval": 100,
+        "exploration_fraction": 0.1,
+        "exploration_final_eps": 0.05,
+        "width": 128,
+    }
+    return optuna.trial.FixedTrial({**defaults, **params})
+
+
+def test_the_sampler_gives_arguments_that_the_constructor_takes() -> None:
+    hyperparams = sample_lecture_dqn_params(fixed_trial(), 0, 1, {"using_her_replay_buffer": False})
+    model = LectureDQN("MlpPolicy", "CartPole-v1", **hyperparams)
+    assert (model.learning_rate, model.gamma, model.gradient_steps) == (1e-3, 0.98, 2)
+    assert model.q_net.net_arch == [128, 128]
+
+
+def test_a_linear_schedule_falls_to_zero_in_a_trial_and_is_written_in_the_zoos_notation() -> None:
+    trial = fixed_trial(learning_rate_schedule="linear")
+    hyperparams = sample_lecture_dqn_params(trial, 0, 1, {})
+    schedule = hyperparams["learning_rate"]
+    assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([1e-3, 5e-4, 0.0])
+    assert convert_lecture_dqn_params(trial.params)["learning_rate"] == "lin_0.001"
+
+
+def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
+    import inspect
+
+    from rl_zoo3 import exp_manager, hyperparams_opt, utils
+
+    advice = "rl_zoo3 has changed: sb3_lecture_dqn/zoo.py must follow"
+    assert isinstance(utils.ALGOS, dict), advice
+    assert isinstance(hyperparams_opt.HYPERPARAMS_SAMPLER, dict), advice
+    assert isinstance(hyperparams_opt.HYPERPARAMS_CONVERTER, dict), advice
+    assert {"algo", "config"} <= set(inspect.signature(exp_manager.ExperimentManager).parameters), advice
+    assert list(inspect.signature(exp_manager.ExperimentManager.read_hyperparameters).parameters) == ["self"], advice
