@@ -23,6 +23,7 @@ import rl_zoo3
 import torch as th
 import yaml
 from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -56,7 +57,8 @@ def train_and_evaluate(run: dict[str, Any]) -> dict[str, Any]:
     arguments.pop("n_timesteps", None)
     if str(arguments.get("learning_rate", "")).startswith("lin_"):  # the zoo's notation
         arguments["learning_rate"] = rl_zoo3.linear_schedule(arguments["learning_rate"].removeprefix("lin_"))
-    model = ALGORITHMS[run["algorithm"]](env=gymnasium.make(run["env"]), seed=run["seed"], **arguments)
+    env = make_vec_env(run["env"], n_envs=arguments.pop("n_envs", 1), env_kwargs={"render_mode": None})
+    model = ALGORITHMS[run["algorithm"]](env=env, seed=run["seed"], **arguments)
     start = time.perf_counter()
     model.learn(steps)
     seconds = time.perf_counter() - start

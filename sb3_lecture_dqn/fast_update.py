@@ -98,6 +98,20 @@ def views(flat: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
     return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
+def split_observations(observations: Any, batch_size: int) -> list[Any]:
+    """
+    Cut observations into batches.
+
+    :param observations: A tensor, or a dictionary of tensors, of any number of batches
+    :param batch_size: Number of observations in a batch
+    :return: The batches
+    """
+    if not isinstance(observations, dict):
+        return list(th.split(observations, batch_size))
+    parts = {key: th.split(value, batch_size) for key, value in observations.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
 class FlatAdam:
     """
     Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980) on flat tensors, writing into the state of a ``torch.optim.Adam``.

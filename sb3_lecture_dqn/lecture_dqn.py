@@ -33,7 +33,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
-from sb3_lecture_dqn.fast_update import FastUpdate
+from sb3_lecture_dqn.fast_update import FastUpdate, split_observations
 from sb3_lecture_dqn.files import check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
@@ -142,6 +142,8 @@ class LectureDQN(OffPolicyAlgorithm):
     }
     # Gradient steps between two reads of the training metrics from the device.
     metrics_interval: ClassVar[int] = 100
+    # Transitions that the fast update samples at once: enough for long matrix products, few enough for the cache.
+    rows_at_once: ClassVar[int] = 1024
 
     action_space: spaces.Discrete
     exploration_schedule: Schedule
@@ -258,7 +260,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
         if self.max_grad_norm is not None:
-            check_above_zero("max_grad_norm", self.max_grad_norm)
+            check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
         if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
             check_int_at_least("train_freq", self.train_freq, 1)
 
@@ -372,29 +374,21 @@ class LectureDQN(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         fast_update = self._current_fast_update()
-        for _ in range(gradient_steps):
-            batch = self._sample_batch(batch_size)
-            discounts = self.gamma if batch.discounts is None else batch.discounts
-            if fast_update is None:
-                metrics = self._gradient_step(batch, discounts)
-            else:
-                metrics = self._fast_gradient_step(fast_update, batch, discounts)
-            self._n_updates += 1
-            self._training_metrics.add(*metrics)
-            if self._n_updates % self.metrics_interval == 0:
-                self._record_training_metrics()
         if fast_update is not None:
-            fast_update.adam.write_step_count()
+            self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
+        else:
+            for _ in range(gradient_steps):
+                self._count_update(*self._gradient_step(self._sample_batch(batch_size)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _gradient_step(self, batch: ReplayBufferSamples, discounts: th.Tensor | float) -> tuple[th.Tensor, ...]:
+    def _gradient_step(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
         """
         One gradient step on θ, as the slide has it.
 
         :param batch: B
-        :param discounts: γ of all transitions, or of each
         :return: The loss, the mean Q(s, a, θ), the mean target and the norm of the gradient
         """
+        discounts = self.gamma if batch.discounts is None else batch.discounts
         with th.no_grad():
             next_q_values = self.q_net_target(batch.next_observations)  # Q(s', ·, ψ)
             targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
@@ -408,14 +402,33 @@ class LectureDQN(OffPolicyAlgorithm):
         self.policy.optimizer.step()
         return loss, q_values.mean(), targets.mean(), gradient_norm
 
-    def _fast_gradient_step(
-        self, fast_update: FastUpdate, batch: ReplayBufferSamples, discounts: th.Tensor | float
-    ) -> tuple[th.Tensor, ...]:
-        """The same function as :meth:`_gradient_step`, without PyTorch's modules and graph."""
-        next_q_values = fast_update.next_q_values(batch.next_observations)
-        targets = td_target(batch.rewards, batch.dones, next_q_values, discounts)
-        loss, q_values, gradient_norm = fast_update.step(batch.observations, batch.actions.long(), targets, self.max_grad_norm)
-        return loss, q_values.mean(), targets.mean(), gradient_norm
+    def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
+        """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""
+        steps_at_once = max(self.rows_at_once // batch_size, 1)
+        while gradient_steps > 0:
+            n_steps = min(gradient_steps, steps_at_once)
+            gradient_steps -= n_steps
+            # ψ stays as it is while train runs, so the targets of several batches are one forward pass.
+            samples = self._sample_batch(n_steps * batch_size)
+            discounts = self.gamma if samples.discounts is None else samples.discounts
+            next_q_values = fast_update.next_q_values(samples.next_observations)
+            targets = td_target(samples.rewards, samples.dones, next_q_values, discounts)
+            batches = zip(
+                split_observations(samples.observations, batch_size),
+                th.split(samples.actions.long(), batch_size),
+                th.split(targets, batch_size),
+                strict=True,
+            )
+            for observations, actions, batch_targets in batches:
+                loss, q_values, gradient_norm = fast_update.step(observations, actions, batch_targets, self.max_grad_norm)
+                self._count_update(loss, q_values.mean(), batch_targets.mean(), gradient_norm)
+        fast_update.adam.write_step_count()
+
+    def _count_update(self, *metrics: th.Tensor) -> None:
+        self._n_updates += 1
+        self._training_metrics.add(*metrics)
+        if self._n_updates % self.metrics_interval == 0:
+            self._record_training_metrics()
 
     def _current_fast_update(self) -> FastUpdate | None:
         """The fast update, made again where the policy changed since; ``None`` where only the plain one is right."""

@@ -21,15 +21,16 @@ def check_at_least(name: str, value: Any, low: float) -> None:
         raise ValueError(f"{name} must be a number of at least {low}, got {value!r}")
 
 
-def check_above_zero(name: str, value: Any) -> None:
+def check_above_zero(name: str, value: Any, allow_infinity: bool = False) -> None:
     """
-    Check that a number is above 0; infinity is allowed.
+    Check that a number is above 0.
 
     :param name: Name of the argument
     :param value: What the user passed
+    :param allow_infinity: Whether infinity will do
     :raises ValueError: if it is not a number above 0
     """
-    if not _is_real(value) or not value > 0:
+    if not _is_real(value) or not value > 0 or (value == math.inf and not allow_infinity):
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 

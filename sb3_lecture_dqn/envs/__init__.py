@@ -2,18 +2,27 @@
 
 import gymnasium
 
+from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
 from sb3_lecture_dqn.envs.lunar_lander import LunarLanderV2
+from sb3_lecture_dqn.envs.robo_parking import MAX_EPISODE_STEPS, RoboParkingEnv, RoboParkingVectorEnv
 
-__all__ = ["LunarLanderV2", "register_envs"]
+__all__ = ["GymVectorVecEnv", "LunarLanderV2", "RoboParkingEnv", "RoboParkingVectorEnv", "register_envs"]
 
 
 def register_envs() -> None:
     """Register the environments of this package that Gymnasium does not know yet."""
-    _register("LunarLander-v2")
-    _register("LunarLanderContinuous-v2", continuous=True)
+    _register_lunar_lander("LunarLander-v2")
+    _register_lunar_lander("LunarLanderContinuous-v2", continuous=True)
+    if "RoboParking-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="RoboParking-v0",
+            entry_point="sb3_lecture_dqn.envs.robo_parking:RoboParkingEnv",
+            vector_entry_point="sb3_lecture_dqn.envs.robo_parking:RoboParkingVectorEnv",
+            max_episode_steps=MAX_EPISODE_STEPS,
+        )
 
 
-def _register(env_id: str, **kwargs: object) -> None:
+def _register_lunar_lander(env_id: str, **kwargs: object) -> None:
     # An older Gymnasium has the real v2.
     if env_id not in gymnasium.registry:
         gymnasium.register(

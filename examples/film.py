@@ -1,0 +1,69 @@
+"""
+Film greedy episodes of the latest trained model as a GIF.
+
+    python examples/film.py --env LunarLander-v2 --seeds 3 8 --gif landing.gif
+
+Needs ``sb3-lecture-dqn[extra]``.
+"""
+
+import argparse
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from huggingface_sb3 import EnvironmentName
+from PIL import Image
+from rl_zoo3.utils import get_model_path
+
+from sb3_lecture_dqn import LectureDQN
+
+FRAMES_AT_REST = 8
+
+
+def write_gif(frames: list[np.ndarray], file: Path, width: int, frames_per_second: int, n_colours: int = 64) -> None:
+    """Write frames with one palette for all: without dithering, what stands still is the same in each and costs nothing."""
+    height = round(frames[0].shape[0] * width / frames[0].shape[1])
+    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS) for frame in frames]
+    palette = images[len(images) // 2].quantize(n_colours, method=Image.Quantize.MAXCOVERAGE)
+    first, *others = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    first.save(file, save_all=True, append_images=others, duration=1000 // frames_per_second, loop=0, optimize=False)
+    print(f"wrote {file}, {len(frames)} frames, {file.stat().st_size / 1e6:.2f} MB")
+
+
+def play(model: LectureDQN, env: gymnasium.Env[np.ndarray, int], observation: np.ndarray) -> list[np.ndarray]:
+    """The frames of one greedy episode, which goes on from the observation; the last one stays for a moment."""
+    frames: list[np.ndarray] = [env.render()]  # type: ignore[list-item]
+    is_over = False
+    while not is_over:
+        action, _ = model.predict(observation, deterministic=True)
+        observation, _, terminated, truncated, _ = env.step(int(action))
+        frames.append(env.render())  # type: ignore[arg-type]
+        is_over = terminated or truncated
+    return frames + [frames[-1]] * FRAMES_AT_REST
+
+
+def main() -> None:
+    """Load, play, film."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="LunarLander-v2", help="environment id")
+    parser.add_argument("--folder", default="logs", help="the zoo's log folder")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seed of each episode")
+    parser.add_argument("--gif", type=Path, default=Path("film.gif"), help="where to write the GIF")
+    parser.add_argument("--width", type=int, default=360, help="width in pixels")
+    parser.add_argument("--every", type=int, default=3, help="keep each so many-th frame")
+    arguments = parser.parse_args()
+
+    _, model_path, _ = get_model_path(0, arguments.folder, "lecture_dqn", EnvironmentName(arguments.env))
+    model = LectureDQN.load(model_path, device="cpu")
+    env = gymnasium.make(arguments.env, render_mode="rgb_array")
+    frames = []
+    for seed in arguments.seeds:
+        observation, _ = env.reset(seed=seed)
+        frames += play(model, env, observation)[:: arguments.every]
+    env.close()
+    write_gif(frames, arguments.gif, arguments.width, max(env.metadata["render_fps"] // arguments.every, 1))
+
+
+if __name__ == "__main__":
+    main()

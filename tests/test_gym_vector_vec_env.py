@@ -1,0 +1,204 @@
+"""The adapter from Gymnasium's vector environments to SB3's, beside what SB3 makes of the same environments."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.envs import GymVectorVecEnv, RoboParkingVectorEnv
+
+N_ENVS = 3
+
+
+class Countdown(gymnasium.Env[dict[str, Any], int]):
+    """Dictionaries as observations; ends when a random number of steps is over."""
+
+    observation_space = spaces.Dict({"left": spaces.Box(0, 9, (1,), np.float32), "seen": spaces.Discrete(10)})
+    action_space = spaces.Discrete(2)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(3, 9))
+        return self._observe(), {"start": self.left}
+
+    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self.left -= 1
+        info = {"parity": "odd"} if self.left % 2 else {}
+        return self._observe(), float(action), self.left == 0, self.left == 1 and action == 1, info
+
+    def _observe(self) -> dict[str, Any]:
+        return {"left": np.array([self.left], dtype=np.float32), "seen": self.left}
+
+
+def make_robo_parking() -> gymnasium.Env:
+    return gymnasium.make("RoboParking-v0", max_episode_steps=40)
+
+
+def make_cart_pole() -> gymnasium.Env:
+    return gymnasium.make("CartPole-v1", max_episode_steps=20)
+
+
+def sync(make_env: Callable[[], gymnasium.Env], mode: AutoresetMode) -> VectorEnv:
+    return SyncVectorEnv([make_env] * N_ENVS, autoreset_mode=mode)
+
+
+def robo_parking(make_env: Callable[[], gymnasium.Env], mode: AutoresetMode) -> VectorEnv:
+    return gymnasium.make_vec("RoboParking-v0", num_envs=N_ENVS, max_episode_steps=40, autoreset_mode=mode)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, dict):
+        assert set(ours) == set(theirs)
+        for key in theirs:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(theirs, np.ndarray):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("make_vector_env", "make_env", "mode"),
+    [
+        *((robo_parking, make_robo_parking, mode) for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)),
+        *((sync, make_env, mode) for make_env in (make_robo_parking, make_cart_pole, Countdown) for mode in AutoresetMode),
+    ],
+)
+def test_it_is_what_sb3_makes_of_the_same_environments(
+    make_vector_env: Callable[[Callable[[], gymnasium.Env], AutoresetMode], VectorEnv],
+    make_env: Callable[[], gymnasium.Env],
+    mode: AutoresetMode,
+) -> None:
+    ours = GymVectorVecEnv(make_vector_env(make_env, mode))
+    theirs = VecMonitor(DummyVecEnv([make_env] * N_ENVS))
+    assert ours.observation_space == theirs.observation_space
+    assert ours.action_space == theirs.action_space
+    ours.seed(11)
+    theirs.seed(11)
+    assert_same(ours.reset(), theirs.reset())
+    assert ours.reset_infos == theirs.unwrapped.reset_infos
+    generator = np.random.default_rng(0)
+    # Towards the corner, so that some robots park in time.
+    shares = [0.47, 0.03, 0.03, 0.47] if make_env is make_robo_parking else [0.5, 0.5]
+    n_ended = n_truncated = 0
+    for step in range(400):
+        if step == 300:  # in the middle of episodes
+            assert_same(ours.reset(), theirs.reset())
+        actions = generator.choice(len(shares), size=N_ENVS, p=shares)
+        our_step, their_step = ours.step(actions), theirs.step(actions)
+        for our_part, their_part in zip(our_step[:3], their_step[:3], strict=True):
+            assert_same(our_part, their_part)
+        for our_info, their_info in zip(our_step[3], their_step[3], strict=True):
+            for info in (our_info, their_info):
+                if "episode" in info:
+                    assert info["episode"].pop("t") >= 0
+            assert_same(our_info, their_info)
+        assert ours.reset_infos == theirs.unwrapped.reset_infos
+        n_ended += their_step[2].sum()
+        n_truncated += sum(info["TimeLimit.truncated"] for info in their_step[3])
+    assert 0 < n_truncated < n_ended
+
+
+def test_an_environment_that_can_only_reset_all_at_once_is_refused() -> None:
+    env = GymVectorVecEnv(CartPoleVectorEnv(num_envs=2))
+    env.seed(0)
+    env.reset()
+    for _ in range(7):  # a pole that is pushed one way all the time falls in steps 8 to 10
+        env.step(np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"env must be able to reset some of its sub-environments alone.*SameStep"):
+        [env.step(np.array([0, 1])) for _ in range(3)]
+
+
+def test_anything_but_a_vector_environment_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"env must be a gymnasium\.vector\.VectorEnv, got TimeLimit"):
+        GymVectorVecEnv(make_cart_pole())  # type: ignore[arg-type]
+
+
+def test_a_vector_environment_must_say_how_it_resets() -> None:
+    env = RoboParkingVectorEnv(2)
+    env.metadata = {}
+    with pytest.raises(ValueError, match="env must have an AutoresetMode"):
+        GymVectorVecEnv(env)
+
+
+def test_options_reach_the_next_reset_only() -> None:
+    env = GymVectorVecEnv(RoboParkingVectorEnv(2))
+    env.set_options({"state": (1.0, 2.0, 0.0, 0.0)})
+    np.testing.assert_array_equal(env.reset(), [[1, 2, 0, 0]] * 2)
+    assert not np.array_equal(env.reset(), [[1, 2, 0, 0]] * 2)
+    env.set_options([{"state": (1.0, 2.0, 0.0, 0.0)}, {"state": (2.0, 1.0, 0.0, 0.0)}])
+    with pytest.raises(ValueError, match="options must be the same"):
+        env.reset()
+
+
+def test_a_seed_decides_all_that_follows() -> None:
+    def play(seed: int) -> np.ndarray:
+        env = GymVectorVecEnv(RoboParkingVectorEnv(2, max_episode_steps=5))
+        env.seed(seed)
+        return np.array([env.reset(), *(env.step(np.array([0, 3]))[0] for _ in range(20))])
+
+    np.testing.assert_array_equal(play(1), play(1))
+    assert not np.array_equal(play(1), play(2))
+
+
+def test_attributes_are_the_sub_environments_where_there_are_some() -> None:
+    env = GymVectorVecEnv(sync(Countdown, AutoresetMode.NEXT_STEP))
+    env.reset()
+    assert len(set(map(str, env.get_attr("np_random")))) == 1
+    env.set_attr("left", 5)
+    assert env.get_attr("left", indices=[0, 2]) == [5, 5]
+    assert [float(observation["left"][0]) for observation in env.env_method("_observe")] == [5.0] * N_ENVS
+    assert not env.has_attr("nothing")
+    with pytest.raises(ValueError, match=r"indices must be None or all of 0\.\.2, got 0"):
+        env.set_attr("left", 3, indices=0)
+    with pytest.raises(ValueError, match="indices must be"):
+        env.env_method("_observe", indices=[1])
+
+
+def test_attributes_are_the_vector_environments_where_there_are_no_sub_environments() -> None:
+    env = GymVectorVecEnv(RoboParkingVectorEnv(2, mass=12.0))
+    assert env.get_attr("mass") == [12.0, 12.0]
+    assert env.get_attr("mass", indices=1) == [12.0]
+    env.set_attr("name", "ours")
+    assert env.get_attr("name") == ["ours", "ours"]
+    assert not env.has_attr("nothing")
+    with pytest.raises(AttributeError, match=r"no sub-environments that could be called for start\(\)"):
+        env.env_method("start")
+
+
+def test_rendering_tiles_the_pictures() -> None:
+    env = GymVectorVecEnv(RoboParkingVectorEnv(2, render_mode="rgb_array"))
+    env.reset()
+    picture = env.render()
+    assert picture is not None
+    assert picture.shape == (600, 1200, 3) or picture.shape == (1200, 600, 3)
+    env.close()
+    assert env.env.closed
+
+
+def test_sb3_trains_and_evaluates_on_it_directly() -> None:
+    env = GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=8, max_episode_steps=20))
+    model = LectureDQN("MlpPolicy", env, learning_starts=100, batch_size=16, train_freq=1, gradient_steps=1, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # SB3 warns where it finds no episode statistics
+        model.learn(400)
+        returns, lengths = evaluate_policy(model, env, n_eval_episodes=8, return_episode_rewards=True)
+    assert len(model.ep_info_buffer or ()) >= 8
+    assert list(model.ep_success_buffer or ()) == [False] * len(model.ep_success_buffer or ())
+    assert lengths == [20] * 8
+    assert all(value < 0 for value in returns)  # type: ignore[operator, union-attr]
+    assert env.env_is_wrapped(Monitor) == [True] * 8
+    assert env.env_is_wrapped(gymnasium.wrappers.TimeLimit) == [False] * 8
