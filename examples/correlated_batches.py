@@ -20,15 +20,15 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_lecture_dqn import LectureDQN
 
 SEEDS = range(4)
-STEPS, EVALUATE_EVERY = 5_000, 500
+STEPS, EVALUATE_EVERY, BATCH_SIZE = 5_000, 500, 64
 
 
 class LatestTransitions(ReplayBuffer):
     """Gives what was stored last, in its order, in the place of a uniform draw."""
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
-        """The newest transitions; D is not full in this run, so it has not gone round."""
-        newest = np.arange(max(self.pos - batch_size, 0), self.pos)
+        """The same newest transitions for each batch asked for; D does not fill in this run, so it never goes round."""
+        newest = np.resize(np.arange(self.pos - BATCH_SIZE, self.pos), batch_size)
         return self._get_samples(newest, env)
 
 
@@ -54,7 +54,7 @@ def train(replay_buffer_class: type[ReplayBuffer], seed: int) -> list[float]:
         gymnasium.make("CartPole-v1"),
         learning_rate=1e-3,
         learning_starts=500,
-        batch_size=64,
+        batch_size=BATCH_SIZE,
         gradient_steps=2,  # for four steps of the environment
         target_update_interval=100,
         replay_buffer_class=replay_buffer_class,
@@ -73,7 +73,7 @@ def main() -> None:
     steps = range(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY)
     for name, replay_buffer_class, color in (
         ("uniform draws from D (the lecture's)", ReplayBuffer, BLUE),
-        ("the latest 64 transitions, in order", LatestTransitions, RED),
+        (f"the latest {BATCH_SIZE} transitions, in order", LatestTransitions, RED),
     ):
         curves = np.array([train(replay_buffer_class, seed) for seed in SEEDS])
         plot_band(axes, steps, curves, name, color)
@@ -84,8 +84,8 @@ def main() -> None:
             flush=True,
         )
     axes.set(xlabel="environment steps", ylabel="return of π, mean of 3 episodes", ylim=(0, 510))
-    axes.set_title(f"CartPole, 64 transitions in a batch (median and range of {len(SEEDS)} seeds)")
-    axes.legend()
+    axes.set_title(f"CartPole, {BATCH_SIZE} transitions in a batch (median and range of {len(SEEDS)} seeds)")
+    axes.legend(loc="upper left")
     save_picture(figure, "correlated_batches")
 
 

@@ -204,7 +204,8 @@ def learn_from_all_transitions(mdp: TabularMDP, gamma: float, denominator: int, 
     model._sample_batch = lambda batch_size: everything  # type: ignore[method-assign]
     for update in range(n_updates):
         model._update_current_progress_remaining(update, n_updates)
-        model.train(10, replay_buffer.size())
+        for _ in range(10):
+            model.train(1, replay_buffer.size())
         model._on_step()
     return model
 
