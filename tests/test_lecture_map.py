@@ -9,10 +9,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 MAP = REPOSITORY / "docs" / "lecture.md"
 TEXT = MAP.read_text(encoding="utf-8")
-VISIBLE_TEXT = re.sub(r"<!--.*?-->", "", TEXT, flags=re.DOTALL)
 # [`QNetwork.forward`](../sb3_lecture_dqn/policies.py), or a file: [`test_loss.py`](../tests/test_loss.py)
-NAMES_AND_FILES = sorted(set(re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", VISIBLE_TEXT)))
-LINKS = sorted(set(re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", VISIBLE_TEXT)))
+NAMES_AND_FILES = sorted(set(re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", TEXT)))
+LINKS = sorted(set(re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", TEXT)))
 
 
 def names_defined_in(path: Path) -> set[str]:
