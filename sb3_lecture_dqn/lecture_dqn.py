@@ -156,7 +156,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self,
         policy: str | type[LectureDQNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 5e-4,
+        learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 100_000,
         learning_starts: int = 1_000,
         batch_size: int = 128,
@@ -470,7 +470,7 @@ class LectureDQN(OffPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         # SB3 sets ε only after the first step; π_E is ε-greedy from the first one.
-        self._update_exploration_rate(1.0 - self.num_timesteps / total_timesteps)
+        self._update_exploration_rate(1.0 - self.num_timesteps / max(total_timesteps, 1))
         return total_timesteps, callback
 
     def learn(

@@ -246,3 +246,9 @@ def test_evaluation_mode_while_collecting_and_training_mode_while_training() -> 
     model.q_net_target.register_forward_pre_hook(lambda *_: modes["target"].add(model.q_net_target.training))
     model.learn(100)
     assert modes == {"collect": {False}, "train": {True}, "target": {False}}
+
+
+def test_learning_for_no_step_does_nothing() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", **SMALL)
+    assert model.learn(0) is model
+    assert model.num_timesteps == 0
