@@ -73,6 +73,7 @@ def train(algorithm: type[LectureDQN], seed: int) -> np.ndarray:
     model = algorithm(
         "MlpPolicy",
         Corridor(),
+        learning_rate=5e-4,
         learning_starts=100,
         batch_size=64,
         gamma=GAMMA,

@@ -23,7 +23,7 @@ STEPS = 1_500
 TARGET_UPDATE_INTERVAL = 50
 LEARNING_STARTS = 200
 MEASURE_EVERY = 50
-LEARNING_RATE = 5e-4  # LectureDQN's default
+LEARNING_RATE = 5e-4
 LARGEST_RETURN = 100.0
 VARIANTS = {
     "ψ and LayerNorm (the lecture's)": (True, True, BLUE),

@@ -60,6 +60,7 @@ def explore(has_small_rewards: bool, final_epsilon: float, seed: int) -> Chain:
     model = LectureDQN(
         "MlpPolicy",
         chain,
+        learning_rate=5e-4,
         learning_starts=STEPS if final_epsilon == 1 else 100,
         batch_size=64,
         gradient_steps=1,

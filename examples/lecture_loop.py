@@ -25,7 +25,7 @@ from sb3_lecture_dqn.lecture_dqn import epsilon_greedy, squared_td_error, td_tar
 
 SEEDS = {0: BLUE, 1: ORANGE}
 NUM_UPDATES, EVALUATION_INTERVAL, SOLVED = 150, 5, 475.0  # CartPole counts as solved at a mean return of 475
-BATCH_SIZE, GAMMA, EPSILON, LEARNING_RATE = 128, 0.99, 0.05, 5e-4  # LectureDQN's defaults
+BATCH_SIZE, GAMMA, EPSILON, LEARNING_RATE = 128, 0.99, 0.05, 5e-4
 
 Parameters, Batches = dict[str, th.Tensor], list[ReplayBufferSamples]
 Policy = Callable[[np.ndarray], int]

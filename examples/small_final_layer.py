@@ -67,6 +67,7 @@ def train(final_layer_std: float | None, seed: int) -> np.ndarray:
     model = LectureDQN(
         "MlpPolicy",
         gymnasium.make("FrozenLake-v1"),
+        learning_rate=5e-4,
         learning_starts=100,
         gamma=GAMMA,
         gradient_steps=1,  # for four steps of the environment
