@@ -1,4 +1,7 @@
-# Make ./.venv with the tested versions of everything; $1 names the extras to install. Sourced from the project's folder.
+#!/bin/sh
+# Make ./.venv with the tested versions of everything; $1 names the extras to install.
+set -eu
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 10))'; then
     echo "sb3-lecture-dqn needs Python 3.10 or newer, got $("$python" --version 2>&1)" >&2

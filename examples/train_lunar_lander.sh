@@ -3,6 +3,6 @@
 # Arguments go to the training, for instance: --seed 0
 set -eu
 cd "$(dirname "$0")/.."
-. .ci/setup.sh extra
+sh .ci/setup.sh extra
 .venv/bin/python -m rl_zoo3.train --algo lecture_dqn --env LunarLander-v2 "$@"
 .venv/bin/python examples/evaluate.py --env LunarLander-v2 --episodes 20

@@ -2,7 +2,7 @@
 # From nothing to a checked project: set up ./.venv, then style, types and tests. Arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
-. .ci/setup.sh dev
+sh .ci/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
