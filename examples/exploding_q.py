@@ -102,7 +102,9 @@ def main() -> None:
             flush=True,
         )
     axes.axhline(LARGEST_RETURN, color=GREY, linestyle="--", label="largest possible return, 1 / (1 - γ) = 100")
-    axes.set(yscale="log", ylim=(1, None), xlabel="environment steps = gradient steps", ylabel="largest Q(s, a, θ) over D")
+    axes.set(
+        yscale="log", ylim=(1, None), xlabel="environment steps = gradient steps", ylabel="largest Q of the newest 500 states"
+    )
     axes.set_title(f"CartPole, learning rate {LEARNING_RATE:g} (median and range of {len(SEEDS)} seeds)")
     axes.legend()
     save_picture(figure, "exploding_q")

@@ -64,7 +64,8 @@ def draw_table(axes: Axes, title: str, values: np.ndarray, spread: np.ndarray | 
     axes.imshow(values - TABLE, cmap="RdBu_r", vmin=-4, vmax=4)
     for (a, s), value in np.ndenumerate(values):
         text = f"{value:.0f}" if spread is None else f"{value:.1f}\n± {spread[a, s]:.1f}"
-        axes.text(s, a, text, ha="center", va="center", fontsize=11)
+        is_dark = abs(value - TABLE[a, s]) > 2.5
+        axes.text(s, a, text, ha="center", va="center", fontsize=11, color="white" if is_dark else "black")
     axes.set_xticks(range(3), [f"s = {s}" for s in range(3)])
     axes.set_yticks(range(3), [f"a = {a}" for a in range(3)])
     axes.tick_params(length=0)

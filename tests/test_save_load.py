@@ -20,7 +20,7 @@ OBSERVATIONS = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def trained() -> LectureDQN:
-    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, policy_kwargs={"net_arch": [16]}, seed=0)
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, train_freq=1, policy_kwargs={"net_arch": [16]}, seed=0)
     return model.learn(400)
 
 
