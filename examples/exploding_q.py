@@ -59,6 +59,7 @@ def train(has_target: bool, has_layer_norm: bool, seed: int) -> tuple[list[float
         gymnasium.make("CartPole-v1"),
         learning_rate=LEARNING_RATE,
         learning_starts=LEARNING_STARTS,
+        batch_size=128,
         train_freq=1,
         gradient_steps=1,
         target_update_interval=TARGET_UPDATE_INTERVAL if has_target else 1,

@@ -69,8 +69,10 @@ def train(final_layer_std: float | None, seed: int) -> np.ndarray:
         gymnasium.make("FrozenLake-v1"),
         learning_rate=5e-4,
         learning_starts=100,
+        batch_size=128,
         gamma=GAMMA,
         gradient_steps=1,  # for four steps of the environment
+        target_update_interval=250,
         policy_kwargs={"final_layer_std": final_layer_std},
         seed=seed,
         device="cpu",
