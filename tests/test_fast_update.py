@@ -156,10 +156,11 @@ def test_both_paths_agree_with_n_step_discounts() -> None:
 
 def test_one_float32_update_from_the_same_state_agrees_at_100_points_of_a_real_run() -> None:
     """Longer float32 runs drift apart by rounding alone, so each update starts from the same state."""
-    policy_kwargs = {"net_arch": [32, 32]}
-    run = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, policy_kwargs=policy_kwargs, seed=0)
+    # a constant learning rate: the two models are not at the same point of a schedule
+    settings: dict[str, Any] = {"learning_rate": 5e-4, "policy_kwargs": {"net_arch": [32, 32]}}
+    run = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=50, gradient_steps=-1, seed=0, **settings)
     run.learn(60)
-    plain = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs)
+    plain = LectureDQN("MlpPolicy", "CartPole-v1", **settings)
     plain._current_fast_update = lambda: None  # type: ignore[method-assign]
     plain._setup_learn(100)
     for _ in range(100):
