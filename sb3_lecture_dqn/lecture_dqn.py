@@ -188,7 +188,7 @@ class LectureDQN(OffPolicyAlgorithm):
     ) -> None:
         check_policy_class(policy, self.policy_aliases, LectureDQNPolicy)
         if isinstance(env, str):
-            # SB3 would make it with render_mode="rgb_array", with which LunarLander takes five times as long for a step.
+            # SB3 would make it with render_mode="rgb_array", with which a step of LunarLander takes longer.
             env = gymnasium.make(env)
         if env is not None:  # load() without an environment passes None
             check_action_space(env.action_space)
