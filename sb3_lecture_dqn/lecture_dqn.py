@@ -30,14 +30,17 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
-from sb3_lecture_dqn.fast_update import FastUpdate, split_observations
+from sb3_lecture_dqn.fast_acting import FastActing
+from sb3_lecture_dqn.fast_update import FastUpdate
 from sb3_lecture_dqn.files import check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
+from sb3_lecture_dqn.threads import threads_for
 from sb3_lecture_dqn.validation import (
     check_above_zero,
     check_action_space,
@@ -233,6 +236,7 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_hyperparameters()
+        self._set_default_replay_buffer_class()
         self._set_default_done_flag()
         # SB3 makes D here. One transition stands in for it, which checks its arguments; the property below makes the real one
         # when somebody asks for it, and a model that is loaded to play never does.
@@ -247,6 +251,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
         self.exploration_schedule = self._make_exploration_schedule()
         self._fast_update: FastUpdate | None = None
+        self._fast_acting: FastActing | None = None
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
         if self.n_envs > self.target_update_interval:
             warnings.warn(
@@ -269,11 +274,18 @@ class LectureDQN(OffPolicyAlgorithm):
         if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
             check_int_at_least("train_freq", self.train_freq, 1)
 
+    def _set_default_replay_buffer_class(self) -> None:
+        """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
+        is_plain = self.n_steps == 1 and not self.optimize_memory_usage
+        if self.replay_buffer_class is None and is_plain and not isinstance(self.observation_space, spaces.Dict):
+            self.replay_buffer_class = ContiguousReplayBuffer
+
     def _set_default_done_flag(self) -> None:
         """d = terminated ∨ truncated (L2), unless the user or a buffer of their own says otherwise."""
         if self.replay_buffer_class is not None:
             parameters = inspect.signature(self.replay_buffer_class).parameters
-            if "handle_timeout_termination" not in parameters:
+            passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            if "handle_timeout_termination" not in parameters and not passes_on:
                 return
         # A copy: the user's dictionary stays as it was.
         self.replay_buffer_kwargs = {"handle_timeout_termination": False, **self.replay_buffer_kwargs}
@@ -342,17 +354,35 @@ class LectureDQN(OffPolicyAlgorithm):
         :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
         """
         if deterministic or self.exploration_rate == 0:
-            return self.policy.predict(observation, state, episode_start, deterministic=True)
-        is_vectorized = self.policy.is_vectorized_observation(observation)
+            return self._greedy_actions(observation), state
+        is_vectorized = observation is self._last_obs or self.policy.is_vectorized_observation(observation)
         first_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
         n_envs = len(first_observation) if is_vectorized else 1
 
         u = self.random_generator.random(n_envs)  # u ~ U[0, 1], one for each environment
         actions = self.random_generator.integers(self.action_space.n, size=n_envs)  # U(A)
         if np.any(u > self.exploration_rate):
-            greedy_actions, state = self.policy.predict(observation, state, episode_start, deterministic=True)
-            actions = epsilon_greedy(greedy_actions, actions, u, self.exploration_rate)
+            actions = epsilon_greedy(self._greedy_actions(observation), actions, u, self.exploration_rate)
         return (actions if is_vectorized else actions.reshape(())), state
+
+    def _greedy_actions(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """π(s), without SB3's checks and conversions for the observations that the collection acts on."""
+        fast_acting = self._fast_acting if observation is self._last_obs else None
+        if fast_acting is not None and isinstance(observation, np.ndarray) and fast_acting.accepts(observation):
+            return fast_acting.greedy_actions(observation)
+        return self.policy.predict(observation, deterministic=True)[0]
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """
+        Collect transitions with π_E (L10).
+
+        :param args: As for ``OffPolicyAlgorithm.collect_rollouts``
+        :param kwargs: As for ``OffPolicyAlgorithm.collect_rollouts``
+        :return: How much was collected
+        """
+        if self._fast_acting is None or not self._fast_acting.is_current(self.policy):
+            self._fast_acting = FastActing.for_policy(self.policy)
+        return super().collect_rollouts(*args, **kwargs)
 
     # Training: θ and ψ
 
@@ -376,14 +406,16 @@ class LectureDQN(OffPolicyAlgorithm):
         :param gradient_steps: Number of gradient steps
         :param batch_size: Number of transitions in each B
         """
-        self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         fast_update = self._current_fast_update()
+        if fast_update is None or fast_update.needs_training_mode:
+            self.policy.set_training_mode(True)
         if fast_update is not None:
-            self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
+            with threads_for(fast_update.multiply_adds(batch_size)):
+                self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
         else:
             for _ in range(gradient_steps):
-                self._count_update(*self._gradient_step(self._sample_batch(batch_size)))
+                self._count_updates(1, *self._gradient_step(self._sample_batch(batch_size)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
@@ -418,21 +450,15 @@ class LectureDQN(OffPolicyAlgorithm):
             discounts = self.gamma if samples.discounts is None else samples.discounts
             next_q_values = fast_update.next_q_values(samples.next_observations)
             targets = td_target(samples.rewards, samples.dones, next_q_values, discounts)
-            batches = zip(
-                split_observations(samples.observations, batch_size),
-                th.split(samples.actions.long(), batch_size),
-                th.split(targets, batch_size),
-                strict=True,
-            )
-            for observations, actions, batch_targets in batches:
-                loss, q_values, gradient_norm = fast_update.step(observations, actions, batch_targets, self.max_grad_norm)
-                self._count_update(loss, q_values.mean(), batch_targets.mean(), gradient_norm)
-        fast_update.adam.write_step_count()
+            actions = samples.actions.long()
+            metrics = fast_update.steps(samples.observations, actions, targets, batch_size, self.max_grad_norm)
+            self._count_updates(n_steps, *metrics)
 
-    def _count_update(self, *metrics: th.Tensor) -> None:
-        self._n_updates += 1
-        self._training_metrics.add(*metrics)
-        if self._n_updates % self.metrics_interval == 0:
+    def _count_updates(self, n_steps: int, *metrics: th.Tensor) -> None:
+        intervals_before = self._n_updates // self.metrics_interval
+        self._n_updates += n_steps
+        self._training_metrics.add(n_steps, *metrics)
+        if self._n_updates // self.metrics_interval > intervals_before:
             self._record_training_metrics()
 
     def _current_fast_update(self) -> FastUpdate | None:
@@ -558,6 +584,7 @@ class LectureDQN(OffPolicyAlgorithm):
             "q_net_target",
             "random_generator",
             "_fast_update",
+            "_fast_acting",
             "_training_metrics",
         ]
 

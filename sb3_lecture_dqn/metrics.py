@@ -15,15 +15,16 @@ class RunningMeans:
         self._sums: th.Tensor | None = None
         self._count = 0
 
-    def add(self, *values: th.Tensor) -> None:
+    def add(self, count: int, *values: th.Tensor) -> None:
         """
-        Add one value for each metric.
+        Add values for each metric.
 
-        :param values: Scalars, in the order of the names
+        :param count: Number of values of each metric
+        :param values: Tensors of ``count`` values each, in the order of the names
         """
-        stacked = th.stack(values).detach()
-        self._sums = stacked if self._sums is None else self._sums.add_(stacked)
-        self._count += 1
+        sums = th.stack(values).detach().view(len(values), count).sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums.add_(sums)
+        self._count += count
 
     def pop(self) -> dict[str, float]:
         """

@@ -238,7 +238,8 @@ class LectureDQNPolicy(BasePolicy):
 
         :param mode: ``True`` for training mode (this matters to batch normalisation and dropout)
         """
-        self.q_net.set_training_mode(mode)
+        if self.q_net.training != mode:  # the walk over all layers takes as long as a step of an environment
+            self.q_net.set_training_mode(mode)
         self.training = mode
 
 

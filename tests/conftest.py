@@ -7,6 +7,14 @@ import pytest
 import torch as th
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sb3_logs_in_a_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SB3 makes a new folder among the system's temporary files for each run that names none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("sb3_logs")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_clean_generators() -> Iterator[None]:
     """One thread is fastest for networks of this size; and no test sees what another drew."""

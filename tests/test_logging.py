@@ -15,17 +15,17 @@ from sb3_lecture_dqn.metrics import RunningMeans
 def test_running_means_are_means_since_the_last_read() -> None:
     means = RunningMeans(("loss", "q_values"))
     assert means.pop() == {}
-    means.add(th.tensor(1.0), th.tensor(10.0))
-    means.add(th.tensor(3.0), th.tensor(20.0))
-    assert means.pop() == {"loss": 2.0, "q_values": 15.0}
-    means.add(th.tensor(5.0), th.tensor(0.0))
+    means.add(1, th.tensor(1.0), th.tensor(10.0))
+    means.add(2, th.tensor([3.0, 2.0]), th.tensor([20.0, 0.0]))
+    assert means.pop() == {"loss": 2.0, "q_values": 10.0}
+    means.add(1, th.tensor(5.0), th.tensor(0.0))
     assert means.pop() == {"loss": 5.0, "q_values": 0.0}
     assert means.pop() == {}
 
 
 def test_a_metric_keeps_no_graph_alive() -> None:
     means = RunningMeans(("loss",))
-    means.add(th.ones(1, requires_grad=True).sum())
+    means.add(1, th.ones(1, requires_grad=True).sum())
     assert means._sums is not None
     assert not means._sums.requires_grad
 

@@ -1,11 +1,18 @@
 """The replay buffer (L11): a ring, sampled uniformly, by the algorithm's own generator."""
 
+import pickle
+from typing import Any
+
 import numpy as np
 import pytest
+from gymnasium import spaces
 from scripted_envs import CountingEnv
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
 
 def collected(buffer_size: int, steps: int, seed: int = 0) -> LectureDQN:
@@ -93,3 +100,96 @@ def test_wrong_buffer_arguments_are_reported_at_construction() -> None:
         )
     with pytest.raises(TypeError, match="no_such_argument"):
         LectureDQN("MlpPolicy", "CartPole-v1", replay_buffer_kwargs={"no_such_argument": 1})
+
+
+SPACES = {
+    "vector": spaces.Box(-1, 1, (3,), np.float32),
+    "float64": spaces.Box(-1, 1, (3,), np.float64),
+    "image": spaces.Box(0, 255, (5, 3, 1), np.uint8),
+    "number": spaces.Discrete(7),
+    "bits": spaces.MultiBinary(5),
+}
+
+
+def filled(buffer_class: type[ReplayBuffer], space: spaces.Space[Any], n_envs: int, **kwargs: Any) -> ReplayBuffer:
+    """A ring of 20 transitions an environment, after 30."""
+    buffer = buffer_class(20 * n_envs, space, spaces.Discrete(4), device="cpu", n_envs=n_envs, **kwargs)
+    space.seed(0)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        observations, next_observations = (np.stack([space.sample() for _ in range(n_envs)]) for _ in range(2))
+        actions, rewards, dones = rng.integers(4, size=n_envs), rng.normal(size=n_envs), rng.integers(2, size=n_envs)
+        infos = [{"TimeLimit.truncated": bool(rng.integers(2))} for _ in range(n_envs)]
+        buffer.add(observations, next_observations, actions, rewards, dones, infos)
+    return buffer
+
+
+@pytest.mark.parametrize("handle_timeout_termination", [False, True])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("kind", SPACES)
+def test_the_contiguous_buffer_is_sb3s_buffer(kind: str, n_envs: int, handle_timeout_termination: bool) -> None:
+    buffers = [
+        filled(buffer_class, SPACES[kind], n_envs, handle_timeout_termination=handle_timeout_termination)
+        for buffer_class in (ReplayBuffer, ContiguousReplayBuffer)
+    ]
+    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        theirs, ours = (getattr(buffer, name) for buffer in buffers)
+        np.testing.assert_array_equal(theirs, ours)
+        assert theirs.dtype == ours.dtype
+    samples = []
+    for buffer in buffers:
+        np.random.seed(0)
+        samples.append(buffer.sample(50))
+    for theirs, ours in zip(*samples, strict=True):
+        if theirs is not None:  # no discounts without n-step returns
+            assert theirs.dtype == ours.dtype
+            np.testing.assert_array_equal(theirs.numpy(), ours.numpy())
+
+
+def test_the_contiguous_buffer_normalises_as_sb3s_does() -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=1, seed=0))
+    env.reset()
+    for _ in range(50):
+        env.step(np.zeros(1, int))
+    samples = []
+    for buffer_class in (ReplayBuffer, ContiguousReplayBuffer):
+        buffer = filled(buffer_class, env.observation_space, 1)
+        np.random.seed(0)
+        samples.append(buffer.sample(50, env=env))
+    for theirs, ours in zip(*samples, strict=True):
+        if theirs is not None:
+            assert theirs.dtype == ours.dtype
+            np.testing.assert_array_equal(theirs.numpy(), ours.numpy())
+
+
+def test_a_sample_is_a_copy() -> None:
+    buffer = filled(ContiguousReplayBuffer, SPACES["vector"], 1)
+    before = buffer.observations.copy()
+    buffer.sample(50).observations.zero_()
+    np.testing.assert_array_equal(buffer.observations, before)
+
+
+def test_a_pickled_contiguous_buffer_is_small_and_whole() -> None:
+    ours = filled(ContiguousReplayBuffer, SPACES["image"], 2)
+    pickled = pickle.dumps(ours)
+    assert len(pickled) < 1.1 * len(pickle.dumps(filled(ReplayBuffer, SPACES["image"], 2)))
+    restored = pickle.loads(pickled)
+    np.testing.assert_array_equal(restored.observations, ours.observations)
+    restored.observations[0] = 7
+    assert (restored._records["observations"][0] == 7).all()
+
+
+def test_the_buffer_is_contiguous_unless_the_user_says_otherwise() -> None:
+    assert type(LectureDQN("MlpPolicy", "CartPole-v1").replay_buffer) is ContiguousReplayBuffer
+    for kwargs in ({"replay_buffer_class": ReplayBuffer}, {"optimize_memory_usage": True}):
+        assert type(LectureDQN("MlpPolicy", "CartPole-v1", **kwargs).replay_buffer) is ReplayBuffer
+
+
+def test_a_subclass_that_passes_its_arguments_on_gets_the_lectures_done_flag() -> None:
+    class PassesOn(ReplayBuffer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    buffer = LectureDQN("MlpPolicy", "CartPole-v1", replay_buffer_class=PassesOn).replay_buffer
+    assert isinstance(buffer, PassesOn)
+    assert buffer.handle_timeout_termination is False

@@ -1,0 +1,106 @@
+"""Adam on one flat tensor, of which the network's parameters are views."""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch as th
+from torch import nn
+
+
+def is_plain_adam(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> TypeGuard[th.optim.Adam]:
+    """
+    Whether an optimizer is Adam without extras, over exactly these parameters.
+
+    :param optimizer: The optimizer
+    :param parameters: The parameters of the Q network
+    :return: Whether :class:`FlatAdam` does the same
+    """
+    if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
+        return False
+    group = optimizer.param_groups[0]
+    has_extras = group["weight_decay"] != 0 or group["amsgrad"] or group["maximize"] or isinstance(group["lr"], th.Tensor)
+    same_parameters = [id(p) for p in group["params"]] == [id(p) for p in parameters]
+    return same_parameters and not has_extras and all(p.requires_grad for p in parameters)
+
+
+def flatten(parameters: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    Move parameters into one tensor and make them views of it.
+
+    :param parameters: Parameters of one type, on one device
+    :return: The flat tensor
+    """
+    flat = th.cat([p.detach().reshape(-1) for p in parameters])
+    for parameter, view in zip(parameters, views(flat, parameters), strict=True):
+        parameter.data = view
+    return flat
+
+
+def views(flat: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    The parts of a flat tensor in the shapes of parameters.
+
+    :param flat: The flat tensor
+    :param parameters: What gives the order and the shapes
+    :return: Views of ``flat``
+    """
+    parts = th.split(flat, [p.numel() for p in parameters])
+    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+
+class FlatAdam:
+    """
+    Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980) on flat tensors, writing into the state of a ``torch.optim.Adam``.
+
+    :param optimizer: The optimizer whose settings it follows and whose state it keeps
+    :param theta: θ, flat; the optimizer's parameters are views of it
+    :param gradient: The gradient of θ, flat
+    """
+
+    def __init__(self, optimizer: th.optim.Adam, theta: th.Tensor, gradient: th.Tensor) -> None:
+        self.optimizer = optimizer
+        self.theta, self.gradient = theta, gradient
+        self.first_moment, self.second_moment = th.zeros_like(theta), th.zeros_like(theta)
+        self.step_count = th.tensor(0.0)
+        parameters = optimizer.param_groups[0]["params"]
+        moments = zip(views(self.first_moment, parameters), views(self.second_moment, parameters), strict=True)
+        self.states: list[dict[str, Any]] = []
+        for parameter, (first_moment, second_moment) in zip(parameters, moments, strict=True):
+            state = optimizer.state[parameter]
+            if state:
+                first_moment.copy_(state["exp_avg"])
+                second_moment.copy_(state["exp_avg_sq"])
+                self.step_count = state["step"].clone()
+            state.update(step=self.step_count.clone(), exp_avg=first_moment, exp_avg_sq=second_moment)
+            self.states.append(state)
+
+    def is_current(self) -> bool:
+        """Whether nobody (``set_parameters``, a step of the optimizer itself) has changed the state since."""
+        parameters = self.optimizer.param_groups[0]["params"]
+        is_same = all(self.optimizer.state.get(p) is state for p, state in zip(parameters, self.states, strict=True))
+        return is_same and all(state["step"] == self.step_count for state in self.states[:1])
+
+    def step(self) -> None:
+        """One step of Adam, by PyTorch's own kernel for one tensor."""
+        group = self.optimizer.param_groups[0]
+        self.step_count += 1
+        th._fused_adam_(
+            [self.theta],
+            [self.gradient],
+            [self.first_moment],
+            [self.second_moment],
+            [],
+            [self.step_count],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def write_step_count(self) -> None:
+        """Tell the optimizer's state how many steps were made."""
+        for state in self.states:
+            state["step"].copy_(self.step_count)

@@ -1,0 +1,119 @@
+"""What a step costs, counted in PyTorch's operations instead of seconds, so that a slow machine cannot fail it."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch as th
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.fast_update import FastUpdate
+from sb3_lecture_dqn.threads import SMALL_WORK, threads_for
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that PyTorch dispatches, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(work: Callable[[], object]) -> Counter[str]:
+    with CountOperations() as counter:
+        work()
+    return counter.counts
+
+
+def trained_model(**kwargs: Any) -> LectureDQN:
+    settings = {"batch_size": 128, "learning_starts": 50, "gradient_steps": 4, **kwargs}
+    return LectureDQN("MlpPolicy", "LunarLander-v3", seed=0, **settings).learn(100)
+
+
+def test_a_gradient_step_is_31_operations_and_those_that_a_training_call_shares_are_34() -> None:
+    model = trained_model()
+    one, five = (operations_of(lambda n=n: model.train(n, 128)).total() for n in (1, 5))
+    each = (five - one) / 4
+    assert each <= 31
+    assert one - each <= 34
+
+
+def test_the_plain_path_needs_many_times_more() -> None:
+    model = trained_model()
+    fast = operations_of(lambda: model.train(4, 128)).total()
+    model._current_fast_update = lambda: None  # type: ignore[method-assign]
+    assert operations_of(lambda: model.train(4, 128)).total() > 2 * fast
+
+
+def test_the_targets_of_a_training_call_are_one_forward_pass() -> None:
+    model = trained_model()
+    counts = operations_of(lambda: model.train(8, 128))
+    # three layers, eight times forward for θ and once for ψ
+    assert counts["addmm.default"] == 3 * (8 + 1)
+    # of the middle layer: a gradient of the weights and one of the inputs; of the others one, or two for the final layer
+    assert counts["mm.out"] + counts["mm.default"] == 8 * (3 + 2)
+
+
+def test_adam_and_the_norm_of_the_gradient_are_one_operation_each() -> None:
+    model = trained_model(max_grad_norm=10)
+    counts = operations_of(lambda: model.train(4, 128))
+    assert counts["_fused_adam_.default"] == 4
+    assert counts["linalg_vector_norm.default"] == 4
+
+
+def test_acting_in_one_environment_needs_nothing_of_pytorch() -> None:
+    model = trained_model()
+    model.exploration_rate = 0.0
+    assert operations_of(lambda: model._sample_action(0, None, 1)).total() == 0
+
+
+def test_exploring_steps_need_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_model()
+    model.exploration_rate = 1.0
+    monkeypatch.setattr(model, "_greedy_actions", lambda observation: pytest.fail("a forward pass"))
+    for _ in range(20):
+        model._sample_action(0, None, 1)
+
+
+def test_a_small_network_is_trained_by_one_thread_and_the_users_number_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_model()
+    seen = []
+    step = FastUpdate._step
+    monkeypatch.setattr(FastUpdate, "_step", lambda *args: (seen.append(th.get_num_threads()), step(*args))[1])
+    th.set_num_threads(3)
+    model.train(2, 128)
+    assert seen == [1, 1]
+    assert th.get_num_threads() == 3
+    model.train(1, 1024)
+    assert seen[2:] == [3]
+    with pytest.raises(KeyError), threads_for(1):
+        raise KeyError
+    assert th.get_num_threads() == 3
+
+
+def test_work_that_is_large_or_unknown_keeps_the_users_threads() -> None:
+    th.set_num_threads(2)
+    for multiply_adds, threads in ((SMALL_WORK, 1), (SMALL_WORK + 1, 2), (None, 2)):
+        with threads_for(multiply_adds):
+            assert th.get_num_threads() == threads
+
+
+def test_the_training_mode_is_left_alone_where_it_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(th.nn.Linear, "train", lambda self, mode=True: calls.append(mode) or self)
+    model = LectureDQN("MlpPolicy", "LunarLander-v3", learning_starts=0, batch_size=8, seed=0).learn(40)
+    assert model._n_updates == 10
+    # the network is made in training mode and put in evaluation mode once
+    assert calls.count(True) == 0
+    assert calls.count(False) <= 2 * len(list(model.q_net.q_net))
+
+
+def test_the_counter_counts() -> None:
+    assert operations_of(lambda: th.ones(2) + th.ones(2)) == Counter({"ones.default": 2, "add.Tensor": 1})
