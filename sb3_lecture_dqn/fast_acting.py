@@ -94,7 +94,7 @@ class FastActing:
         if len(observations) == 1:
             return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
         with th.no_grad(), threads_for(len(observations) * self.n_parameters):
-            actions: np.ndarray = forward(self.head, th.from_numpy(observations).flatten(1)).q_values.argmax(dim=1).numpy()
+            actions: np.ndarray = forward(self.head, th.from_numpy(observations).flatten(1)).argmax(dim=1).numpy()
         return actions
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:

@@ -67,35 +67,52 @@ def has_hooks(q_net: QNetwork) -> bool:
 
 
 class HeadPass(NamedTuple):
-    """What a forward pass keeps for the backward pass: for each hidden layer its input, Linear's and LayerNorm's output."""
+    """What a forward pass keeps for the backward pass: for each hidden layer what is named, and the Q values."""
 
     inputs: list[th.Tensor]
     linear_outputs: list[th.Tensor]
-    normalised: list[tuple[th.Tensor, th.Tensor, th.Tensor]]
+    means_and_rstds: list[tuple[th.Tensor, th.Tensor]]
     q_values: th.Tensor
 
 
-def forward(head: Head, features: th.Tensor) -> HeadPass:
+# Temporaries are a good part of the cache, so what is not needed again is overwritten.
+
+
+def forward(head: Head, features: th.Tensor) -> th.Tensor:
     """
     Q(s, ·) of the head.
 
     :param head: The layers
     :param features: What the encoder gives, shape (B, features_dim)
-    :return: The Q values, shape (B, |A|), and what the backward pass needs
+    :return: The Q values, shape (B, |A|)
     """
-    inputs, linear_outputs, normalised = [features], [], []
+    for linear, layer_norm, negative_slope in head.hidden_layers:
+        features = th.addmm(linear.bias, features, linear.weight.t())
+        if layer_norm is not None:
+            features, _, _ = _normalise(features, layer_norm)
+        nn.functional.leaky_relu_(features, negative_slope)
+    return th.addmm(head.final_layer.bias, features, head.final_layer.weight.t())
+
+
+def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
+    """
+    The same, keeping what :func:`backward` needs.
+
+    :param head: The layers
+    :param features: What the encoder gives, shape (B, features_dim)
+    :return: The Q values and the rest
+    """
+    inputs, linear_outputs, means_and_rstds = [features], [], []
     for linear, layer_norm, negative_slope in head.hidden_layers:
         output = th.addmm(linear.bias, inputs[-1], linear.weight.t())
+        mean = rstd = output
         linear_outputs.append(output)
-        if layer_norm is None:
-            normalised.append((output, output, output))
-        else:
-            normalised.append(
-                th.native_layer_norm(output, layer_norm.normalized_shape, layer_norm.weight, layer_norm.bias, layer_norm.eps)
-            )
-        inputs.append(nn.functional.leaky_relu(normalised[-1][0], negative_slope))
+        if layer_norm is not None:
+            output, mean, rstd = _normalise(output, layer_norm)
+        means_and_rstds.append((mean, rstd))
+        inputs.append(nn.functional.leaky_relu_(output, negative_slope))
     q_values = th.addmm(head.final_layer.bias, inputs[-1], head.final_layer.weight.t())
-    return HeadPass(inputs, linear_outputs, normalised, q_values)
+    return HeadPass(inputs, linear_outputs, means_and_rstds, q_values)
 
 
 def backward(head: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool) -> th.Tensor | None:
@@ -112,25 +129,30 @@ def backward(head: Head, made: HeadPass, gradient: th.Tensor, needs_features: bo
     gradient = gradient @ head.final_layer.weight
     for index in reversed(range(len(head.hidden_layers))):
         linear, layer_norm, negative_slope = head.hidden_layers[index]
-        output, mean, rstd = made.normalised[index]
-        gradient = th.ops.aten.leaky_relu_backward(gradient, output, negative_slope, False)
+        # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
+        th.ops.aten.leaky_relu_backward(gradient, made.inputs[index + 1], negative_slope, True, grad_input=gradient)
         if layer_norm is not None:
-            gradient, weight_gradient, bias_gradient = th.ops.aten.native_layer_norm_backward(
-                gradient,
-                made.linear_outputs[index],
-                layer_norm.normalized_shape,
-                mean,
-                rstd,
-                layer_norm.weight,
-                layer_norm.bias,
-                [True, True, True],
-            )
-            gradient_of(layer_norm.weight).copy_(weight_gradient)
-            gradient_of(layer_norm.bias).copy_(bias_gradient)
+            gradient = _layer_norm_gradients(layer_norm, made.linear_outputs[index], *made.means_and_rstds[index], gradient)
         _linear_gradients(linear, made.inputs[index], gradient)
         if index > 0 or needs_features:
             gradient = gradient @ linear.weight
     return gradient if needs_features else None
+
+
+def _normalise(inputs: th.Tensor, layer_norm: nn.LayerNorm) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    return th.native_layer_norm(inputs, layer_norm.normalized_shape, layer_norm.weight, layer_norm.bias, layer_norm.eps)
+
+
+def _layer_norm_gradients(
+    layer_norm: nn.LayerNorm, inputs: th.Tensor, mean: th.Tensor, rstd: th.Tensor, gradient: th.Tensor
+) -> th.Tensor:
+    needed = [True, True, True]
+    gradient, weight_gradient, bias_gradient = th.ops.aten.native_layer_norm_backward(
+        gradient, inputs, layer_norm.normalized_shape, mean, rstd, layer_norm.weight, layer_norm.bias, needed
+    )
+    gradient_of(layer_norm.weight).copy_(weight_gradient)
+    gradient_of(layer_norm.bias).copy_(bias_gradient)
+    return gradient
 
 
 def _linear_gradients(linear: nn.Linear, inputs: th.Tensor, gradient: th.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
-from sb3_lecture_dqn.fast_head import Head, backward, forward, gradient_of, has_hooks, read_head
+from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, has_hooks, read_head
 from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, is_plain_adam, views
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
@@ -122,7 +122,7 @@ class FastUpdate:
         """
         target = self.policy.q_net_target
         features = target.extract_features(next_observations, target.features_extractor)
-        return forward(self.target_head, features).q_values
+        return forward(self.target_head, features)
 
     def steps(
         self, observations: Any, actions: th.Tensor, targets: th.Tensor, batch_size: int, max_grad_norm: float | None
@@ -159,7 +159,7 @@ class FastUpdate:
         with th.set_grad_enabled(self.has_trained_encoder):
             features = q_net.extract_features(observations, q_net.features_extractor)
         with th.no_grad():
-            made = forward(self.head, features)
+            made = forward_for_backward(self.head, features)
             q_values = made.q_values.gather(1, actions)
             errors = (q_values - targets).mul_(2 / len(targets))
             gradient = th.zeros_like(made.q_values).scatter_(1, actions, errors)

@@ -1,0 +1,211 @@
+"""
+Where the time of a training step goes, beside SB3's DQN, and how it grows with batch, width, threads and environments.
+
+::
+
+    python benchmarks/anatomy.py parts       # one gradient step, part by part
+    python benchmarks/anatomy.py growth      # batch × width × threads
+    python benchmarks/anatomy.py threads     # one and two threads, idle and with one core busy
+    python benchmarks/anatomy.py envs        # number of environments
+
+Each figure is the smallest of several medians, in microseconds, or a rate; ratios within one table are what they are for.
+Where there is one thread, it is that thread's own time, whatever else the machine does.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch as th
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_vec_env
+from torch.nn import functional
+
+from sb3_lecture_dqn import LectureDQN, threads
+from sb3_lecture_dqn.envs import GymVectorVecEnv
+from sb3_lecture_dqn.fast_head import backward, forward_for_backward
+
+SETTINGS = {"learning_starts": 0, "buffer_size": 50_000, "batch_size": 128, "gradient_steps": 4, "train_freq": 4, "seed": 0}
+
+
+def microseconds(work: Callable[[], object], repeat: int = 50, rounds: int = 7) -> float:
+    """The time of one call: the best of several medians."""
+    clock = time.thread_time if th.get_num_threads() == 1 else time.perf_counter
+    medians = []
+    for _ in range(rounds):
+        times = []
+        for _ in range(repeat):
+            start = clock()
+            work()
+            times.append(clock() - start)
+        medians.append(np.median(times))
+    return 1e6 * float(min(medians))
+
+
+def trained(algorithm: type[Any], width: int = 256, **settings: Any) -> Any:
+    """A model in the middle of a run on LunarLander-v3."""
+    policy_kwargs = {"net_arch": [width, width]}
+    model = algorithm("MlpPolicy", gymnasium.make("LunarLander-v3"), policy_kwargs=policy_kwargs, **{**SETTINGS, **settings})
+    return model.learn(400)
+
+
+def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
+    """The parts of a gradient step of LectureDQN; what a training call of four steps shares counts a fourth."""
+    model = trained(LectureDQN)
+    update = model._current_fast_update()
+    samples = model._sample_batch(n_steps * batch_size)
+    batch = model._sample_batch(batch_size)
+    with th.no_grad():
+        made = forward_for_backward(update.head, batch.observations)
+        gradient = th.randn(batch_size, 4)
+        return {
+            "sampling": microseconds(lambda: model._sample_batch(n_steps * batch_size)) / n_steps,
+            "Q(s', ·, ψ)": microseconds(lambda: update.next_q_values(samples.next_observations)) / n_steps,
+            "Q(s, ·, θ)": microseconds(lambda: forward_for_backward(update.head, batch.observations)),
+            "its gradient": microseconds(lambda: backward(update.head, made, gradient, needs_features=False)),
+            "norm of the gradient": microseconds(update.gradient.norm),
+            "Adam": microseconds(update.adam.step),
+            "all": microseconds(lambda: model.train(n_steps, batch_size)) / n_steps,
+        }
+
+
+def parts_of_sb3(batch_size: int = 128) -> dict[str, float]:
+    """The parts of a gradient step of SB3's DQN."""
+    model = trained(DQN)
+    batch = model.replay_buffer.sample(batch_size)
+    targets = th.randn(batch_size, 1)
+
+    def loss() -> th.Tensor:
+        return functional.smooth_l1_loss(model.q_net(batch.observations).gather(1, batch.actions.long()), targets)
+
+    def forward_and_backward() -> None:
+        model.policy.optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+
+    def next_q_values() -> th.Tensor:
+        with th.no_grad():
+            q_values: th.Tensor = model.q_net_target(batch.next_observations)
+            return q_values
+
+    forward_time = microseconds(loss)
+    return {
+        "sampling": microseconds(lambda: model.replay_buffer.sample(batch_size)),
+        "Q(s', ·, ψ)": microseconds(next_q_values),
+        "Q(s, ·, θ)": forward_time,
+        "its gradient": microseconds(forward_and_backward) - forward_time,
+        "norm of the gradient": microseconds(lambda: th.nn.utils.clip_grad_norm_(model.policy.parameters(), 10)),
+        "Adam": microseconds(model.policy.optimizer.step),
+        "all": microseconds(lambda: model.train(4, batch_size)) / 4,
+    }
+
+
+def products(batch_size: int, width: int) -> float:
+    """The four products of the middle layer that a step cannot avoid."""
+    inputs, weight = th.randn(batch_size, width), th.randn(width, width)
+    output, gradient = th.empty(batch_size, width), th.empty(width, width)
+
+    def four_products() -> None:
+        th.mm(inputs, weight.t(), out=output)
+        th.mm(inputs, weight.t(), out=output)
+        th.mm(output.t(), inputs, out=gradient)
+        th.mm(inputs, weight, out=output)
+
+    return microseconds(four_products)
+
+
+def print_parts() -> None:
+    """The table of parts, on one thread."""
+    th.set_num_threads(1)
+    ours, theirs = parts_of_ours(), parts_of_sb3()
+    print("| µs a gradient step (batch 128, one thread) | LectureDQN | SB3's DQN |\n|---|---|---|")
+    for part, cost in ours.items():
+        print(f"| {part} | {cost:.0f} | {theirs[part]:.0f} |")
+    print(f"| the four products | {products(128, 256):.0f} | |")
+
+
+def print_growth() -> None:
+    """A gradient step by batch and width, on one thread."""
+    th.set_num_threads(1)
+    print("| batch | width | µs a step | × the products |\n|---|---|---|---|")
+    for width in (64, 256, 1024):
+        for batch_size in (32, 128, 512, 2048):
+            model = trained(LectureDQN, width)
+            cost = microseconds(lambda: model.train(4, batch_size), repeat=5, rounds=3) / 4  # noqa: B023
+            print(f"| {batch_size} | {width} | {cost:.0f} | {cost / products(batch_size, width):.2f} |", flush=True)
+
+
+@contextmanager
+def busy_core(is_busy: bool) -> Iterator[None]:
+    """Another process that never sleeps."""
+    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
+    try:
+        yield
+    finally:
+        if spinner is not None:
+            spinner.kill()
+            spinner.wait()
+
+
+def print_threads() -> None:
+    """A gradient step by threads, idle and busy; the limit on small work is lifted for this."""
+    threads.SMALL_WORK = 0
+    print("| batch | one core busy | µs on 1 thread | µs on 2 threads | 2 threads take |\n|---|---|---|---|---|")
+    for batch_size in (128, 512, 2048):
+        model = trained(LectureDQN)
+        for is_busy in (False, True):
+            with busy_core(is_busy):
+                costs = [_cost_on(n_threads, model, batch_size) for n_threads in (1, 2)]
+            print(f"| {batch_size} | {is_busy} | {costs[0]:.0f} | {costs[1]:.0f} | {costs[1] / costs[0]:.2f} × |", flush=True)
+
+
+def _cost_on(n_threads: int, model: Any, batch_size: int) -> float:
+    th.set_num_threads(n_threads)
+    start = time.perf_counter()  # what the user waits for, not what the threads compute
+    for _ in range(50):
+        model.train(4, batch_size)
+    return 1e6 * (time.perf_counter() - start) / 200
+
+
+def print_envs() -> None:
+    """Environment steps a second by the number of environments: RoboParking, one gradient step for 64 steps."""
+    th.set_num_threads(1)
+    print("| environments | LectureDQN on the vector environment | SB3's DQN on make_vec_env | |\n|---|---|---|---|")
+    for n_envs in (1, 8, 64, 256):
+        vector_env = GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=n_envs))
+        rates = [_steps_per_second(*run, n_envs) for run in ((LectureDQN, vector_env), (DQN, _scalar_envs(n_envs)))]
+        print(f"| {n_envs} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[0] / rates[1]:.1f} × |", flush=True)
+
+
+def _scalar_envs(n_envs: int) -> Any:
+    return make_vec_env("RoboParking-v0", n_envs=n_envs)
+
+
+def _steps_per_second(algorithm: type[Any], env: Any, n_envs: int) -> float:
+    settings = {**SETTINGS, "train_freq": max(64 // n_envs, 1), "gradient_steps": max(n_envs // 64, 1)}
+    settings.update(exploration_fraction=1e-4, exploration_final_eps=0.1, target_update_interval=256)
+    model = algorithm("MlpPolicy", env, policy_kwargs={"net_arch": [256, 256]}, **settings).learn(1_000)
+    steps = 64 * 100
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model.learn(steps, reset_num_timesteps=False)
+        rates.append(steps / (time.perf_counter() - start))
+    return max(rates)
+
+
+def main() -> None:
+    """Print the table that was asked for."""
+    tables = {"parts": print_parts, "growth": print_growth, "threads": print_threads, "envs": print_envs}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=list(tables))
+    tables[parser.parse_args().table]()
+
+
+if __name__ == "__main__":
+    main()
