@@ -5,8 +5,8 @@ Learning curves of LectureDQN with its fast path and with the plain one, over te
 
     python benchmarks/paths.py --env CartPole-v1 --steps 10000
 
-Each line is a point of the curve: the mean of the seeds' greedy returns and its 95 % bootstrap interval. Rounding makes two runs
-of one seed part after some hundred updates, so only the curves can agree, not the runs.
+Each line is a point of the curve: the mean of the seeds' greedy returns and its 95 % bootstrap interval. Rounding makes two
+runs of one seed part after some hundred updates, so only the curves can agree, not the runs.
 """
 
 import argparse
