@@ -7,6 +7,7 @@ Where the time of a training step goes, beside SB3's DQN, and how it grows with 
     python benchmarks/anatomy.py growth      # batch × width × threads
     python benchmarks/anatomy.py threads     # one and two threads, idle and with one core busy
     python benchmarks/anatomy.py envs        # number of environments
+    python benchmarks/anatomy.py choices     # what was chosen beside what was not
 
 Each figure is the smallest of several medians, in microseconds, or a rate; ratios within one table are what they are for.
 Where there is one thread, it is that thread's own time, whatever else the machine does.
@@ -29,7 +30,8 @@ from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN, threads
 from sb3_lecture_dqn.envs import GymVectorVecEnv
-from sb3_lecture_dqn.fast_head import backward, forward_for_backward
+from sb3_lecture_dqn.fast_acting import FastActing
+from sb3_lecture_dqn.fast_head import backward, forward, forward_for_backward
 
 SETTINGS = {"learning_starts": 0, "buffer_size": 50_000, "batch_size": 128, "gradient_steps": 4, "train_freq": 4, "seed": 0}
 
@@ -199,9 +201,48 @@ def _steps_per_second(algorithm: type[Any], env: Any, n_envs: int) -> float:
     return max(rates)
 
 
+def print_choices() -> None:
+    """What was chosen beside what was not, on one thread."""
+    th.set_num_threads(1)
+    model, sb3 = trained(LectureDQN), trained(DQN)
+    update, acting = model._current_fast_update(), FastActing.for_policy(model.policy)
+    observation = model.env.reset()
+    rows = model._sample_batch(512).next_observations
+    parameter = th.nn.Parameter(update.theta.clone())
+    parameter.grad = update.gradient.clone()
+    adams = [th.optim.Adam([parameter], fused=fused, foreach=False) for fused in (True, False)]
+
+    def by_pytorch() -> np.ndarray:
+        actions: np.ndarray = forward(update.head, th.from_numpy(observation)).argmax(dim=1).numpy()
+        return actions
+
+    with th.no_grad():
+        costs = {
+            "acting: numpy on the parameters": microseconds(lambda: acting.greedy_actions(observation)),
+            "acting: the same in PyTorch's operations": microseconds(by_pytorch),
+            "acting: SB3's predict": microseconds(lambda: sb3.policy.predict(observation, deterministic=True)),
+            "Adam: the fused kernel": microseconds(update.adam.step),
+            "Adam: torch.optim.Adam(fused=True), one tensor": microseconds(adams[0].step),
+            "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),
+            "512 rows forward: in place": microseconds(lambda: forward(update.head, rows)),
+            "512 rows forward: keeping temporaries": microseconds(lambda: forward_for_backward(update.head, rows)),
+            "128 of 50 000 transitions: one record each": microseconds(lambda: model.replay_buffer.sample(128)),
+            "128 of 50 000 transitions: SB3's arrays": microseconds(lambda: sb3.replay_buffer.sample(128)),
+        }
+    print("| | µs |\n|---|---|")
+    for choice, cost in costs.items():
+        print(f"| {choice} | {cost:.0f} |")
+
+
 def main() -> None:
     """Print the table that was asked for."""
-    tables = {"parts": print_parts, "growth": print_growth, "threads": print_threads, "envs": print_envs}
+    tables = {
+        "parts": print_parts,
+        "growth": print_growth,
+        "threads": print_threads,
+        "envs": print_envs,
+        "choices": print_choices,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=list(tables))
     tables[parser.parse_args().table]()
