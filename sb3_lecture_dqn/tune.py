@@ -10,6 +10,7 @@ The objective is rl_zoo3's own. Options that rl_zoo3.train has too are called an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,30 +117,34 @@ def tune(arguments: argparse.Namespace) -> None:
     try:
         with Runner(study, arguments.max_retries) as runner:
             driver = Driver(study, manager, settings, engine, runner, arguments.seed)
-            stopped = _stop_on_signals(driver)
-            driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
+            with _stopped_by_signals(driver) as signals:
+                driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
     finally:
         engine.close()
     name = f"report_{arguments.env}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
     for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
         print(f"wrote {path}")
-    if stopped:
+    if signals:
         raise KeyboardInterrupt
 
 
-def _stop_on_signals(driver: Any) -> list[int]:
-    stopped: list[int] = []
+@contextlib.contextmanager
+def _stopped_by_signals(driver: Any) -> Iterator[list[int]]:
+    signals: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        if stopped:
+        if signals:
             raise KeyboardInterrupt
-        stopped.append(number)
+        signals.append(number)
         driver.stop()
         print("stopping; what runs goes back into the queue", flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    return stopped
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _checked_manager(settings: zoo.TrialSettings, folder: str, **search: Any) -> Any:

@@ -44,9 +44,10 @@ class PostgresServer:
         command = [str(self._programs / program), "-D", str(self._data), *arguments]
         # a file, not a pipe: the server keeps what it inherits open
         with tempfile.TemporaryFile("w+") as output:
-            code = subprocess.run(command, cwd="/", check=False, stdout=output, stderr=output, **self._user).returncode
+            options = {"cwd": "/", "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **self._user}
+            result = subprocess.run(command, check=False, stdout=output, stderr=output, **options)
             output.seek(0)
-            assert code == 0, output.read()
+            assert result.returncode == 0, output.read()
 
     def start(self) -> None:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"

@@ -319,6 +319,12 @@ def test_an_entry_that_others_refer_to_is_not_replaced(
     assert file.read_text() == before
 
 
+def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
+    script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert result.stdout == "False\n"
+
+
 def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What the command says when it refuses; it must be one line."""
     try:
