@@ -5,7 +5,7 @@ Measure the tuning engine, with a PostgreSQL server of its own.
 
     python benchmarks/tuning.py overhead   # seconds a trial: the engine with one worker against the zoo's own loop
     python benchmarks/tuning.py scaling    # trials a second: two workers against one
-    python benchmarks/tuning.py driver     # queries and driver seconds a trial, with up to 1000 workers that train nothing
+    python benchmarks/tuning.py driver     # queries and driver seconds a trial, with up to 1000 that run
     python benchmarks/tuning.py outage     # the database is away for 30 seconds in the middle
 
 Rounds alternate, because the machine may be busy; its load is printed beside each. Only ratios mean anything.
@@ -13,6 +13,7 @@ Rounds alternate, because the machine may be busy; its load is printed beside ea
 
 import argparse
 import collections
+import contextlib
 import os
 import statistics
 import subprocess
@@ -98,6 +99,10 @@ def measure_scaling(server: PostgresServer, n_trials: int, rounds: int) -> None:
     print(f"2 workers against 1: median {statistics.median(ratios):.2f} times")
 
 
+class NothingToDoError(Exception):
+    """All trials that may run have run."""
+
+
 class InstantEngine:
     """Workers that train nothing: each trial reports once, and is complete when its answer has come."""
 
@@ -115,7 +120,9 @@ class InstantEngine:
 
     def wait(self, seconds: float) -> list[Report | Outcome]:
         """Hand over the oldest event, so that as many trials run as there are workers."""
-        return [self._events.popleft()] if self._events else []
+        if not self._events:
+            raise NothingToDoError
+        return [self._events.popleft()]
 
     def answer(self, report: Report, is_pruned: bool) -> None:
         """End the trial."""
@@ -124,31 +131,57 @@ class InstantEngine:
         self._events.append(Outcome(report.number, state, value, attributes={"scores": [report.value] * 2}))
 
 
+def fill(study: optuna.Study, n_trials: int, state: TrialState, runner: Runner) -> None:
+    """Add trials that others are thought to have run or to be running."""
+    memory = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(n_trials):
+        zoo.sample_lecture_dqn_params(memory.ask(), 0, 1, {})
+    is_complete = state == TrialState.COMPLETE
+    for trial in memory.trials:
+        score = float(trial.number % 97)
+        added = optuna.create_trial(
+            state=state,
+            value=score if is_complete else None,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={**trial.user_attrs, "runner": runner.id},
+            intermediate_values={1: score} if is_complete else {},
+        )
+        study.add_trial(added)
+
+
 def measure_driver(server: PostgresServer, n_trials: int) -> None:
-    """Print what a trial costs the driver and the database, by the number of trials that run at once."""
+    """Print what a trial costs the driver and the database, by the number of trials that are finished and that run."""
     settings = zoo.TrialSettings("CartPole-v1", n_timesteps=200)
-    for sampler in ("random", "tpe"):
-        for workers in (1, 10, 100, 1000):
-            with tempfile.TemporaryDirectory() as folder:
-                manager = zoo.make_manager(settings, folder, sampler=sampler, pruner="median", n_startup_trials=10)
-            storage: Any = open_storage(server.url())
-            study = open_study(storage, f"driver-{uuid.uuid4().hex[:8]}", zoo.scoring_of(manager))
-            queries = [0]
-            sqlalchemy.event.listen(
-                storage.engine, "before_cursor_execute", lambda *_, count=queries: count.__setitem__(0, count[0] + 1)
-            )
-            total = n_trials + workers
-            with Runner(study) as runner:
-                driver = Driver(study, manager, settings, InstantEngine(workers), runner, seed=0)
-                begin, processor = time.perf_counter(), time.process_time()
-                driver.run(total, lambda trials: None)
-                seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-            print(
-                f"{sampler}, {workers} workers, {total} trials: {queries[0] / total:.0f} queries, "
-                f"{seconds / total * 1000:.0f} ms of the driver ({processor / total * 1000:.0f} ms processor) a trial, "
-                f"connections at most {storage.engine.pool.checkedin()} ({load()})",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        manager = zoo.make_manager(settings, folder, sampler="tpe", pruner="median", n_startup_trials=10)
+        for url in (f"{folder}/study.log", server.url()):
+            for finished, running in ((0, 0), (1000, 0), (0, 100), (0, 1000), (1000, 1000)):
+                study = open_study(open_storage(url), f"{finished} finished, {running} running", zoo.scoring_of(manager))
+                with Runner(study) as runner:
+                    fill(study, finished, TrialState.COMPLETE, runner)
+                    fill(study, running, TrialState.RUNNING, runner)
+                    driver = Driver(study, manager, settings, InstantEngine(10), runner, seed=0)
+                    print(url[-9:], study.study_name, time_driver(driver, finished + running, n_trials), load(), flush=True)
+
+
+def time_driver(driver: Driver, n_there: int, n_trials: int) -> str:
+    """Run trials in a study that is there, and say what one cost."""
+    driver.study.get_trials()  # what is there is read once, and then kept
+    queries = 0
+
+    def count(*_: Any) -> None:
+        nonlocal queries
+        queries += 1
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", count)
+    begin, processor = time.perf_counter(), time.process_time()
+    with contextlib.suppress(NothingToDoError):
+        driver.run(n_there + n_trials, lambda trials: None)
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", count)
+    milliseconds = f"{seconds / n_trials * 1000:.0f} ms of the driver ({processor / n_trials * 1000:.0f} ms processor)"
+    return f": {queries / n_trials:.0f} queries, {milliseconds} a trial,"
 
 
 def measure_outage(server: PostgresServer, n_trials: int, seconds: float) -> None:

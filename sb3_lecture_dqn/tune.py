@@ -28,7 +28,7 @@ import optuna
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
-from sb3_lecture_dqn.tuning.storage import TuningError, open_storage
+from sb3_lecture_dqn.tuning.storage import TuningError, first_line, open_storage
 from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, open_study
 
 
@@ -206,6 +206,9 @@ def main(arguments: list[str]) -> int:
             tune(_tune_parser().parse_args(arguments))
     except TuningError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except optuna.exceptions.StorageInternalError as error:
+        print(f"error: the database did not come back, start again when it has: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -23,7 +23,7 @@ from sb3_lecture_dqn import LectureDQN, tune, zoo
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import open_storage, wait_for_outages
-from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
+from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, here, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
 SEARCH = ["-optimize", "--no-optim-plots", "-n", "200", "--eval-episodes", "1", "--n-evaluations", "1", "--pruner", "none"]
@@ -202,7 +202,7 @@ def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(
     runner = Runner(study, max_retries=2)
     seen = []
     for _ in range(3):
-        claimed_trial(study, {"host": socket.gethostname(), "pid": dead_process_id(), "beats": 1})
+        claimed_trial(study, {"host": here(), "pid": dead_process_id(), "beats": 1})
         runner.put_lost_trials_back()
         seen.append(study.trials[0].state)
     assert seen == [TrialState.WAITING, TrialState.WAITING, TrialState.FAIL]

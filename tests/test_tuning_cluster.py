@@ -160,9 +160,11 @@ def test_thirty_trials_survive_killed_workers_and_a_lost_node(
     url, study = postgres.url(), "killed"
     arguments = ["--storage", url, "--study-name", study, "--trials", "30", "--max-retries", "10", *COMPARABLE]
     with cluster_of_three() as cluster, started(*arguments, "--ray-address", cluster.address, folder=tmp_path) as process:
-        with WorkerKiller(ray_environment, kills=5, pause=3.0) as killer:
+        with WorkerKiller(ray_environment, kills=4, pause=3.0) as killer:
             until(lambda: n_done(url, study) >= 10 or process.poll() is not None)
             cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
+            (mailbox,) = marked_processes(ray_environment, b"ray::Mailbox")
+            os.kill(mailbox, signal.SIGKILL)
             until(lambda: killer.kills >= 3 or process.poll() is not None)
         output = finish(process, tmp_path)
     trials = trials_of(url, study)

@@ -80,8 +80,8 @@ class Driver:
             while not self._is_stopped and self._look(n_trials, show):
                 next_look = time.monotonic() + LOOK_SECONDS
                 while not self._is_stopped and time.monotonic() < next_look:
-                    self._fill()
-                    for event in self._engine.wait(LOOK_SECONDS):
+                    # with a thousand places to fill, those who have begun need not wait for the last
+                    for event in self._engine.wait(0.0 if self._start_next() else LOOK_SECONDS):
                         self._handle(event)
         except optuna.exceptions.StorageInternalError:
             raise  # the next run finds that this process is gone
@@ -97,12 +97,10 @@ class Driver:
         self._n_missing = n_trials - n_finished - sum(trial.state == TrialState.RUNNING for trial in trials)
         return n_finished < n_trials
 
-    def _fill(self) -> None:
-        while self._n_missing > 0 and len(self._running) < self._engine.capacity():
-            self._n_missing -= 1
-            self._start_trial()
-
-    def _start_trial(self) -> None:
+    def _start_next(self) -> bool:
+        if self._n_missing <= 0 or len(self._running) >= self._engine.capacity():
+            return False
+        self._n_missing -= 1
         trial = self.study.ask()
         self._attempts += 1
         self._running[trial.number] = (trial, self._attempts)
@@ -110,6 +108,7 @@ class Driver:
         self.study.sampler = zoo.make_sampler(self._manager, self._seed + trial.number)
         sample_lecture_dqn_params(trial, 0, self._manager.n_envs, {})
         self._engine.submit(self._settings, trial.params, trial.number, self._attempts)
+        return True
 
     def _handle(self, event: Report | Outcome) -> None:
         if isinstance(event, Report):

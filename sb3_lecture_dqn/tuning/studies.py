@@ -1,5 +1,6 @@
 """Which study it is, who runs its trials, and which of them are lost."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -138,13 +139,24 @@ class Runner:
 
     def _beat(self) -> None:
         self._beats += 1
-        life = {"host": socket.gethostname(), "pid": os.getpid(), "beats": self._beats}
+        life = {"host": here(), "pid": os.getpid(), "beats": self._beats}
         self.study.set_user_attr(RUNNER + self.id, life)
 
     def _live(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             self._beat()
             self.put_lost_trials_back()
+
+
+def here() -> str:
+    """
+    Name the place where a process number means the same process.
+
+    :return: The host's name; with the process namespace where there is one, because containers may share their host's name
+    """
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def _runner_of(trial: FrozenTrial) -> str:
@@ -155,7 +167,7 @@ def _runner_of(trial: FrozenTrial) -> str:
 def _has_ended(life: dict[str, Any] | None) -> bool:
     if not life:
         return False
-    return life.get("ended", False) or (life["host"] == socket.gethostname() and not _is_there(life["pid"]))
+    return life.get("ended", False) or (life["host"] == here() and not _is_there(life["pid"]))
 
 
 def _is_there(process_id: int) -> bool:
