@@ -21,7 +21,7 @@ from postgres import PostgresServer, find_programs, postgres_server
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.storage import open_storage
-from sb3_lecture_dqn.tuning.studies import SCORING
+from sb3_lecture_dqn.tuning.studies import SCORING, Runner, open_study
 
 pytest.importorskip("ray")
 
@@ -239,6 +239,58 @@ def test_trials_are_pruned_and_errors_are_kept_with_their_reason(
     assert all(len(trial.user_attrs["scores"]) == 2 for trial in by_state[TrialState.COMPLETE])
     scoring = optuna.load_study(study_name="lecture_dqn-Fragile-v0", storage=url).user_attrs[SCORING]
     assert scoring["environment"] == "Fragile-v0"
+
+
+class LosingEngine:
+    """An engine on which every attempt is lost, as often as the driver likes; or on which nothing ever ends."""
+
+    def __init__(self, is_lossy: bool) -> None:
+        self._is_lossy = is_lossy
+        self.attempts: list[tuple[int, dict[str, Any]]] = []
+        self._events: list[Any] = []
+
+    def capacity(self) -> int:
+        return 2
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        from sb3_lecture_dqn.tuning.engine import Outcome
+
+        self.attempts.append((number, params))
+        if self._is_lossy:
+            self._events.append(Outcome(number, TrialState.RUNNING, reason="its node died"))
+
+    def wait(self, seconds: float) -> list[Any]:
+        events, self._events = self._events, []
+        return events
+
+    def answer(self, report: Any, is_pruned: bool) -> None: ...
+
+
+def driver_on(engine: LosingEngine, folder: Path, max_retries: int) -> Any:
+    from sb3_lecture_dqn.tuning.driver import Driver
+
+    manager = zoo.make_manager(SETTINGS, str(folder / "zoo"), sampler="random", pruner="none")
+    study = open_study(open_storage(f"sqlite:///{folder}/study.db"), "study", zoo.scoring_of(manager))
+    return Driver(study, manager, SETTINGS, engine, Runner(study, max_retries), seed=5)
+
+
+def test_a_trial_is_lost_so_often_and_then_fails_with_the_reason(tmp_path: Path) -> None:
+    engine = LosingEngine(is_lossy=True)
+    driver = driver_on(engine, tmp_path, max_retries=2)
+    driver.run(1, lambda trials: None)
+    (trial,) = driver.study.trials
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["losses"] == ["its node died"] * 3
+    assert trial.user_attrs["failure"] == "lost 3 times, at last because its node died"
+    assert engine.attempts == [(0, trial.params)] * 3
+
+
+def test_a_driver_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
+    engine = LosingEngine(is_lossy=False)
+    driver = driver_on(engine, tmp_path, max_retries=0)
+    driver.run(5, lambda trials: driver.stop() if len(engine.attempts) == 2 else None)
+    assert [trial.state for trial in driver.study.trials] == [TrialState.WAITING] * 2
+    assert not any("losses" in trial.user_attrs for trial in driver.study.trials)
 
 
 # The later a world is made, the worse it is, so that later trials are pruned; now and then one ends in training.
