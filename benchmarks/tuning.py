@@ -32,7 +32,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.driver import Driver
 from sb3_lecture_dqn.tuning.engine import Outcome, Report
-from sb3_lecture_dqn.tuning.storage import open_storage
+from sb3_lecture_dqn.tuning.storage import held_trials, open_storage
 from sb3_lecture_dqn.tuning.studies import Runner, open_study
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -161,6 +161,8 @@ def measure_driver(server: PostgresServer, n_trials: int) -> None:
                 with Runner(study) as runner:
                     fill(study, finished, TrialState.COMPLETE, runner)
                     fill(study, running, TrialState.RUNNING, runner)
+                    # as if this driver had started them
+                    held_trials(study).update(trial._trial_id for trial in study.get_trials(states=(TrialState.RUNNING,)))
                     driver = Driver(study, manager, settings, InstantEngine(10), runner, seed=0)
                     print(url[-9:], study.study_name, time_driver(driver, finished + running, n_trials), load(), flush=True)
 

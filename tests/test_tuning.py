@@ -22,7 +22,7 @@ from postgres import PostgresServer, find_programs, postgres_server
 from sb3_lecture_dqn import LectureDQN, tune, zoo
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import open_storage, wait_for_outages
+from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, here, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
@@ -244,6 +244,26 @@ def test_a_study_waits_while_its_database_is_away(postgres: PostgresServer) -> N
     trials = optuna.load_study(study_name="outage", storage=postgres.url()).trials
     assert [trial.value for trial in trials] == [None, 0.0, 1.0, 2.0, 3.0, 4.0]
     assert [trial.user_attrs.get("n") for trial in trials] == [None, 0, 1, 2, 3, 4]
+
+
+def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = open_cartpole_study(url)
+    others = open_cartpole_study(url)
+    mine = [study.ask() for _ in range(3)]
+    for trial in mine:
+        held_trials(study).add(trial._trial_id)
+    study.get_trials()
+    theirs = [others.ask() for _ in range(2)]
+    others.tell(theirs[0], 4.0)
+    running, complete = TrialState.RUNNING, TrialState.COMPLETE
+    assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, running]
+
+    others.tell(mine[0].number, 1.0)  # as if by mistake: seen when the trial is let go
+    others.tell(theirs[1], 5.0)
+    assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, complete]
+    held_trials(study).discard(mine[0]._trial_id)
+    assert [trial.value for trial in study.get_trials()] == [1.0, None, None, 4.0, 5.0]
 
 
 @pytest.fixture

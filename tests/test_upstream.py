@@ -73,6 +73,11 @@ def test_optunas_cache_calls_its_database_by_methods_that_wait_for_outages() -> 
     assert all(callable(getattr(optuna.storages.RDBStorage, name)) for name in storage.CACHE_METHODS), OPTUNA_ADVICE
 
 
+def test_optunas_cache_reads_trials_by_arguments_that_leave_some_out() -> None:
+    parameters = ["self", "study_id", "states", "included_trial_ids", "trial_id_greater_than"]
+    assert list(inspect.signature(optuna.storages.RDBStorage._get_trials).parameters) == parameters, OPTUNA_ADVICE
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "journal"])
 def test_a_running_trial_can_be_put_back_into_optunas_queue(tmp_path: Path, kind: str) -> None:
     urls = {"sqlite": f"sqlite:///{tmp_path}/study.db", "journal": f"{tmp_path}/study.log"}

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.search_space import sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.engine import Outcome, Report
-from sb3_lecture_dqn.tuning.storage import is_held, put_back
+from sb3_lecture_dqn.tuning.storage import held_trials, is_held, put_back, read_trial
 from sb3_lecture_dqn.tuning.studies import Runner, fail, give_up_or_put_back
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Driver:
         self._seed = seed
         self._attempts = 0
         self._running: dict[int, tuple[optuna.Trial, int]] = {}  # trial and attempt by number
+        self._held = held_trials(study)
         self._n_missing = 0
         self._is_stopped = False
 
@@ -104,6 +105,7 @@ class Driver:
         trial = self.study.ask()
         self._attempts += 1
         self._running[trial.number] = (trial, self._attempts)
+        self._held.add(trial._trial_id)
         self._runner.claim(trial)
         self.study.sampler = zoo.make_sampler(self._manager, self._seed + trial.number)
         sample_lecture_dqn_params(trial, 0, self._manager.n_envs, {})
@@ -128,13 +130,13 @@ class Driver:
         return trial.should_prune()
 
     def _retry(self, outcome: Outcome) -> None:
-        trial, _ = self._running.pop(outcome.number)
+        trial = self._let_go(outcome.number)
         _logger.warning("trial %d was lost: %s", outcome.number, outcome.reason)
-        if give_up_or_put_back(self.study, self._frozen(trial), outcome.reason, self._runner.max_retries):
+        if give_up_or_put_back(self.study, read_trial(self.study, trial), outcome.reason, self._runner.max_retries):
             self._n_missing += 1
 
     def _tell(self, outcome: Outcome) -> None:
-        trial, _ = self._running.pop(outcome.number)
+        trial = self._let_go(outcome.number)
         if not is_held(self.study, trial, self._runner.id):
             _logger.warning("trial %d was taken over by another process: its result is dropped", outcome.number)
             return
@@ -142,18 +144,19 @@ class Driver:
             trial.set_user_attr("scores", outcome.attributes["scores"])
         if outcome.state == TrialState.FAIL:
             _logger.warning("trial %d failed: %s", outcome.number, outcome.reason)
-            fail(self.study, self._frozen(trial), outcome.reason)
+            fail(self.study, read_trial(self.study, trial), outcome.reason)
             return
         # without a state Optuna fails a score that is not a number, as it does in the zoo
         state = None if outcome.state == TrialState.COMPLETE else outcome.state
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # told, though the database could not say so
             self.study.tell(trial, outcome.value, state=state, skip_if_finished=True)
 
-    def _frozen(self, trial: optuna.Trial) -> optuna.trial.FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[trial.number]
+    def _let_go(self, number: int) -> optuna.Trial:
+        trial, _ = self._running.pop(number)
+        self._held.discard(trial._trial_id)
+        return trial
 
     def _put_everything_back(self) -> None:
-        for trial, _ in self._running.values():
+        for trial in [self._let_go(number) for number in list(self._running)]:
             if is_held(self.study, trial, self._runner.id):
                 put_back(self.study, trial)
-        self._running.clear()

@@ -7,7 +7,7 @@ Optuna's private API is used here alone; ``tests/test_upstream.py`` says what of
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ _logger = logging.getLogger(__name__)
 
 #: How long a database may be away before a study gives up.
 PATIENCE_SECONDS = 600.0
+#: What others may have done to held trials is seen after so long.
+FULL_READ_SECONDS = 60.0
 #: A server that vanished without a word is noticed after about half a minute.
 POSTGRESQL_ARGUMENTS = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
 #: What Optuna's cache calls of its database beside the abstract methods of a storage.
@@ -70,20 +72,47 @@ class PatientStorage(RDBStorage):
     """
     A database whose outages are waited for: each method is one transaction, which is repeated until it succeeds.
 
+    Optuna's cache reads every unfinished trial again, with its values, several times for each new one. A driver with a
+    thousand workers would do nothing else; so it puts those that it runs itself into ``held``, and they are left out.
+
     :param url: SQLAlchemy's URL
     :param engine_kwargs: Arguments of SQLAlchemy's ``create_engine``
     """
 
     def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
         self.patience_seconds = 0.0  # what is wrong at the start is an error, not an outage
+        self.held: set[int] = set()
+        self._newest: dict[int, int] = {}
+        self._next_full_read = 0.0
         super().__init__(url, engine_kwargs)
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        now = time.monotonic()
+        if not self.held or now >= self._next_full_read:
+            self._next_full_read = now + FULL_READ_SECONDS
+        else:
+            included_trial_ids = included_trial_ids - self.held
+            trial_id_greater_than = max(trial_id_greater_than, self._newest.get(study_id, -1))
+        trials: list[FrozenTrial] = self._read_trials(study_id, states, included_trial_ids, trial_id_greater_than)
+        self._newest[study_id] = max((trial._trial_id for trial in trials), default=self._newest.get(study_id, -1))
+        return trials
+
+    @_patiently
+    def _read_trials(self, *arguments: Any) -> list[FrozenTrial]:
+        return super()._get_trials(*arguments)
 
     def endswith(self, suffix: str) -> bool:
         """Answer rl_zoo3, which takes its storage for a string and asks whether it is a journal file."""
         return False
 
 
-for _name in {*BaseStorage.__abstractmethods__, *CACHE_METHODS}:
+for _name in {*BaseStorage.__abstractmethods__, *CACHE_METHODS} - {"_get_trials"}:
     setattr(PatientStorage, _name, _patiently(getattr(RDBStorage, _name)))
 
 
@@ -156,6 +185,28 @@ def wait_for_outages(storage: BaseStorage) -> None:
     """
     if isinstance(storage, PatientStorage):
         storage.patience_seconds = PATIENCE_SECONDS
+
+
+def held_trials(study: optuna.Study) -> set[int]:
+    """
+    Get the set of trials that this process runs, by their ids, which a database need not read again.
+
+    :param study: The study
+    :return: The set that its database looks at; for other storages one that nobody looks at
+    """
+    database = getattr(study._storage, "_backend", None)
+    return database.held if isinstance(database, PatientStorage) else set()
+
+
+def read_trial(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial:
+    """
+    Read a trial as it is now.
+
+    :param study: The study
+    :param trial: A running trial
+    :return: What the storage says
+    """
+    return study._storage.get_trial(trial._trial_id)
 
 
 def put_back(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
