@@ -9,7 +9,7 @@ from stable_baselines3.common.utils import LinearSchedule
 WIDTHS = (64, 128, 256, 512)
 BATCH_SIZES = (32, 64, 128, 256, 512)
 TRAIN_FREQS = (1, 4, 16, 64, 256)
-#: Gradient steps for each environment step.
+#: Gradient steps for each step of all environments together.
 UPDATE_RATIOS = (0.25, 0.5, 1.0, 2.0)
 BUFFER_SIZES = (10_000, 50_000, 100_000, 200_000)
 

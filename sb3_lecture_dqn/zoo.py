@@ -7,24 +7,34 @@ without it, this module runs any of the zoo's commands by itself::
     python -m sb3_lecture_dqn.zoo train --algo lecture_dqn --env LunarLander-v2
 """
 
+import argparse
+import contextlib
 import functools
 import importlib
 import inspect
+import io
 import os
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium
+import optuna
+
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
+from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
+from sb3_lecture_dqn.tuning.storage import PatientStorage, open_storage
+from sb3_lecture_dqn.tuning.studies import Runner, open_study
 
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
 SWITCH = "SB3_LECTURE_DQN_ZOO"
-#: Keys of a hyperparameter entry that are the zoo's own, not the constructor's.
+#: Keys of a hyperparameter entry that are the zoo's own (and, for a search, the number of seeds), not the constructor's.
 ZOO_KEYS = frozenset(
     {
         "callback",
@@ -35,6 +45,7 @@ ZOO_KEYS = frozenset(
         "n_envs",
         "n_timesteps",
         "normalize",
+        "trial_seeds",
         "vec_env_wrapper",
     }
 )
@@ -82,21 +93,29 @@ def add_search_space(hyperparams_opt: ModuleType) -> None:
     hyperparams_opt.HYPERPARAMS_CONVERTER[ALGORITHM] = convert_lecture_dqn_params
 
 
-def add_hyperparams_file(exp_manager: ModuleType) -> None:
+def extend_manager(exp_manager: ModuleType) -> None:
     """
-    Make this project's hyperparameter file the default, and an unknown key in any file a clear error.
+    Extend the zoo's manager for this algorithm, and for no other.
+
+    This project's hyperparameter file becomes the default, and an unknown key in any file a clear error. A trial is scored
+    on several seeds, a study is never mixed with another's, and trials whose process died are taken up again.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
     manager = exp_manager.ExperimentManager
+    if hasattr(manager, "trial_seeds"):
+        return
+    manager.trial_seeds = DEFAULT_SEEDS
     manager.__init__ = _with_our_config(manager.__init__)
     manager.read_hyperparameters = _with_checked_keys(manager.read_hyperparameters)
+    manager.objective = _on_several_seeds(manager.objective)
+    manager.hyperparameters_optimization = _with_a_safe_study(manager.hyperparameters_optimization)
 
 
 EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "rl_zoo3.utils": add_algorithm,
     "rl_zoo3.hyperparams_opt": add_search_space,
-    "rl_zoo3.exp_manager": add_hyperparams_file,
+    "rl_zoo3.exp_manager": extend_manager,
 }
 
 
@@ -119,12 +138,74 @@ def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(read_hyperparameters)
     def read_and_check(manager: Any) -> Any:
-        result = read_hyperparameters(manager)
-        if manager.algo == ALGORITHM:
-            check_hyperparameter_keys(result[0])
-        return result
+        if manager.algo != ALGORITHM:
+            return read_hyperparameters(manager)
+        _load_trial_0(manager)
+        hyperparams, saved_hyperparams = read_hyperparameters(manager)
+        check_hyperparameter_keys(hyperparams)
+        manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
+        saved_hyperparams.pop("trial_seeds", None)
+        return hyperparams, saved_hyperparams
 
     return read_and_check
+
+
+def _load_trial_0(manager: Any) -> None:
+    # to the zoo, --trial-id 0 looks like no --trial-id
+    if manager.storage and manager.study_name and manager.trial_id == 0:
+        hyperparams = manager.load_trial(manager.storage, manager.study_name, 0)
+        manager.custom_hyperparams = {**hyperparams, **(manager.custom_hyperparams or {})}
+
+
+def _check_trial_seeds(trial_seeds: Any) -> int:
+    if not isinstance(trial_seeds, int) or trial_seeds < 2:
+        raise ValueError(f"trial_seeds must be an integer of at least 2, got {trial_seeds!r}")
+    return trial_seeds
+
+
+def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
+    @functools.wraps(objective)
+    def score(manager: Any, trial: Any) -> float:
+        if manager.algo != ALGORITHM:
+            return objective(manager, trial)
+        if hasattr(manager, "runner"):
+            manager.runner.claim(trial)
+        return score_on_seeds(objective, manager, trial, manager.trial_seeds)
+
+    return score
+
+
+def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(optimize)
+    def optimize_safely(manager: Any) -> None:
+        # without a name nobody can join the study, nor take up what it lost
+        if manager.algo != ALGORITHM or not manager.storage or not manager.study_name:
+            return optimize(manager)
+        storage = open_storage(manager.storage)
+        study = open_study(storage, manager.study_name, scoring_of(manager))
+        if isinstance(storage, PatientStorage):
+            manager.storage = storage
+        with Runner(study) as manager.runner:
+            return optimize(manager)
+
+    return optimize_safely
+
+
+def scoring_of(manager: Any) -> dict[str, Any]:
+    """
+    Say what the scores of a study mean: trials of two studies compare only if they agree in this.
+
+    :param manager: An ``ExperimentManager`` after ``setup_experiment``
+    :return: What :func:`~sb3_lecture_dqn.tuning.studies.open_study` records
+    """
+    return {
+        "algorithm": manager.algo,
+        "environment": manager.env_name.gym_id,
+        "n_timesteps": manager.n_timesteps,
+        "n_evaluations": manager.n_evaluations,
+        "eval_episodes": manager.n_eval_episodes,
+        "seeds": [FIRST_SEED + index for index in range(manager.trial_seeds)],
+    }
 
 
 def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
@@ -138,6 +219,99 @@ def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
     for key in hyperparams:
         if key not in arguments | ZOO_KEYS:
             raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """
+    What a trial of the engine needs to know: the arguments of rl_zoo3.train that decide its score.
+
+    :param env: Environment id
+    :param n_timesteps: Steps of each training; -1 for the hyperparameter entry's
+    :param n_evaluations: Evaluations of each training; ``None`` for rl_zoo3's one each 100 000 steps
+    :param eval_episodes: Episodes of each evaluation
+    :param seeds: Number of seeds, at least 2
+    :param conf_file: Hyperparameter file; ``None`` for this project's
+    :param gym_packages: Modules that register environments
+    """
+
+    env: str
+    n_timesteps: int = -1
+    n_evaluations: int | None = None
+    eval_episodes: int = 5
+    seeds: int = DEFAULT_SEEDS
+    conf_file: str | None = None
+    gym_packages: tuple[str, ...] = ()
+
+
+def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any:
+    """
+    Make the zoo's manager of a search, as ``rl_zoo3.train -optimize`` does, silently.
+
+    :param settings: What decides the score of a trial
+    :param log_folder: Where the zoo may make its folders
+    :param search: rl_zoo3's ``sampler``, ``pruner`` and ``n_startup_trials``
+    :return: An ``ExperimentManager`` whose ``objective`` may be called
+    :raises ValueError: if the hyperparameter entry is wrong
+    :raises gymnasium.error.Error: if there is no such environment
+    """
+    register()
+    for package in settings.gym_packages:
+        importlib.import_module(package)
+    gymnasium.spec(settings.env)
+    manager = importlib.import_module("rl_zoo3.exp_manager").ExperimentManager(
+        argparse.Namespace(),
+        ALGORITHM,
+        settings.env,
+        log_folder,
+        n_timesteps=settings.n_timesteps,
+        n_evaluations=settings.n_evaluations,
+        n_eval_episodes=settings.eval_episodes,
+        hyperparams={"trial_seeds": settings.seeds},
+        config=settings.conf_file,
+        optimize_hyperparameters=True,
+        device="cpu",
+        verbose=0,
+        **search,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        manager.setup_experiment()
+    return manager
+
+
+def make_sampler(manager: Any, seed: int) -> optuna.samplers.BaseSampler:
+    """
+    Make the zoo's sampler.
+
+    :param manager: What :func:`make_manager` returned
+    :param seed: Its seed
+    :return: The sampler that ``--sampler`` names
+    """
+    manager.seed = seed
+    sampler: optuna.samplers.BaseSampler = manager._create_sampler(manager.sampler)
+    return sampler
+
+
+def make_pruner(manager: Any) -> optuna.pruners.BasePruner:
+    """
+    Make the zoo's pruner.
+
+    :param manager: What :func:`make_manager` returned
+    :return: The pruner that ``--pruner`` names
+    """
+    pruner: optuna.pruners.BasePruner = manager._create_pruner(manager.pruner)
+    return pruner
+
+
+def read_entry(manager: Any) -> dict[str, Any]:
+    """
+    Read the hyperparameter entry that a search starts from.
+
+    :param manager: What :func:`make_manager` returned
+    :return: The entry of its environment, in the notation of the file
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dict(manager.read_hyperparameters()[1])
 
 
 def register() -> None:

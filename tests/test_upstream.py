@@ -1,15 +1,20 @@
-"""What the package relies on in Stable-Baselines3 beyond its documentation; a failure here says that upstream has changed."""
+"""What the package relies on in other libraries beyond their documentation; a failure here says that upstream has changed."""
 
 import inspect
+import re
+from pathlib import Path
 
+import optuna
 import pytest
 from stable_baselines3.common import buffers, off_policy_algorithm, save_util
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.tuning import storage
 
 ADVICE = "Stable-Baselines3 has changed: sb3_lecture_dqn/lecture_dqn.py must follow"
+OPTUNA_ADVICE = "Optuna has changed: sb3_lecture_dqn/tuning/storage.py must follow"
 
 
 @pytest.mark.parametrize(
@@ -54,3 +59,35 @@ def test_the_file_helpers_that_files_uses_are_there() -> None:
 def test_policies_have_the_hooks_that_ours_fill_in() -> None:
     for name in ("_predict", "_get_constructor_parameters", "_update_features_extractor", "extract_features"):
         assert callable(getattr(BasePolicy, name)), f"{ADVICE} (policies.py, {name})"
+
+
+def test_optunas_cache_calls_its_database_by_methods_that_wait_for_outages() -> None:
+    from optuna.storages import _cached_storage
+
+    source = inspect.getsource(_cached_storage._CachedStorage)
+    called = set(re.findall(r"self\._backend\.(\w+)\(", source))
+    assert called, OPTUNA_ADVICE
+    heartbeat = {name for name in called if "heartbeat" in name or "stale" in name}  # switched off
+    patient = {*optuna.storages.BaseStorage.__abstractmethods__, *storage.CACHE_METHODS, "remove_session"}
+    assert called - heartbeat <= patient, OPTUNA_ADVICE
+    assert all(callable(getattr(optuna.storages.RDBStorage, name)) for name in storage.CACHE_METHODS), OPTUNA_ADVICE
+
+
+def test_optunas_cache_reads_trials_by_arguments_that_leave_some_out() -> None:
+    parameters = ["self", "study_id", "states", "included_trial_ids", "trial_id_greater_than"]
+    assert list(inspect.signature(optuna.storages.RDBStorage._get_trials).parameters) == parameters, OPTUNA_ADVICE
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "journal"])
+def test_a_running_trial_can_be_put_back_into_optunas_queue(tmp_path: Path, kind: str) -> None:
+    urls = {"sqlite": f"sqlite:///{tmp_path}/study.db", "journal": f"{tmp_path}/study.log"}
+    study = optuna.create_study(storage=storage.open_storage(urls[kind]) if kind in urls else None)
+    trial = study.ask()
+    value = trial.suggest_float("x", 0, 1)
+    storage.set_trial_attribute(study, study.trials[0], "key", 1)
+    assert storage.is_held(study, trial, None), OPTUNA_ADVICE
+    storage.put_back(study, study.trials[0])
+    again = study.ask()
+    assert (again.number, again.suggest_float("x", 0, 1), again.user_attrs) == (0, value, {"key": 1}), OPTUNA_ADVICE
+    study.tell(again, 1.0)
+    assert study.best_value == 1.0, OPTUNA_ADVICE

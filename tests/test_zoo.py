@@ -291,4 +291,14 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
     assert isinstance(hyperparams_opt.HYPERPARAMS_SAMPLER, dict), advice
     assert isinstance(hyperparams_opt.HYPERPARAMS_CONVERTER, dict), advice
     assert {"algo", "config"} <= set(inspect.signature(exp_manager.ExperimentManager).parameters), advice
-    assert list(inspect.signature(exp_manager.ExperimentManager.read_hyperparameters).parameters) == ["self"], advice
+    for method, parameters in {
+        "read_hyperparameters": [],
+        "objective": ["trial"],
+        "hyperparameters_optimization": [],
+        "load_trial": ["storage", "study_name", "trial_id", "convert"],
+        "_create_sampler": ["sampler_method"],
+        "_create_pruner": ["pruner_method"],
+    }.items():
+        function = getattr(exp_manager.ExperimentManager, method)
+        assert list(inspect.signature(function).parameters) == ["self", *parameters], f"{advice} ({method})"
+    assert "self.seed" in inspect.getsource(exp_manager.ExperimentManager.create_envs), f"{advice} (the environments' seed)"

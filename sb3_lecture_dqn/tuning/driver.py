@@ -1,0 +1,162 @@
+"""Runs a study on an engine: asks, submits, answers reports, tells; retries what was lost, and leaves nothing running."""
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import optuna
+from optuna.trial import TrialState
+
+from sb3_lecture_dqn import zoo
+from sb3_lecture_dqn.search_space import sample_lecture_dqn_params
+from sb3_lecture_dqn.tuning.engine import Outcome, Report
+from sb3_lecture_dqn.tuning.storage import held_trials, is_held, put_back, read_trial
+from sb3_lecture_dqn.tuning.studies import Runner, fail, give_up_or_put_back
+
+_logger = logging.getLogger(__name__)
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+LOOK_SECONDS = 1.0
+
+
+class Engine(Protocol):
+    """What the driver asks of an engine; see :class:`~sb3_lecture_dqn.tuning.engine.RayEngine`."""
+
+    def capacity(self) -> int:
+        """Count how many trials may run at once."""
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        """Start an attempt at a trial."""
+
+    def wait(self, seconds: float) -> list[Report | Outcome]:
+        """Wait for reports and outcomes."""
+
+    def answer(self, report: Report, is_pruned: bool) -> None:
+        """Answer a report."""
+
+
+class Driver:
+    """
+    Runs a study until it has as many finished trials as were asked for.
+
+    :param study: The study
+    :param manager: The zoo's manager of the search, which makes sampler and pruner
+    :param settings: What decides the score of a trial
+    :param engine: Where trials run
+    :param runner: This process's entry in the study
+    :param seed: Seed of the sampler; trial number n draws by ``seed + n``, whether or not the study was stopped before it
+    """
+
+    def __init__(
+        self, study: optuna.Study, manager: Any, settings: zoo.TrialSettings, engine: Engine, runner: Runner, seed: int
+    ) -> None:
+        self.study = study
+        self.study.pruner = zoo.make_pruner(manager)
+        self._manager = manager
+        self._settings = settings
+        self._engine = engine
+        self._runner = runner
+        self._seed = seed
+        self._attempts = 0
+        self._running: dict[int, tuple[optuna.Trial, int]] = {}  # trial and attempt by number
+        self._held = held_trials(study)
+        self._n_missing = 0
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Let :meth:`run` return at the next safe moment, within about a second."""
+        self._is_stopped = True
+
+    def run(self, n_trials: int, show: Callable[[list[optuna.trial.FrozenTrial]], None]) -> None:
+        """
+        Run trials until the study has enough of them, or until :meth:`stop`; what still runs then goes back into the queue.
+
+        :param n_trials: How many finished trials the study shall have, with those that it has already
+        :param show: Called with the study's trials about every second
+        """
+        try:
+            while not self._is_stopped and self._look(n_trials, show):
+                next_look = time.monotonic() + LOOK_SECONDS
+                while not self._is_stopped and time.monotonic() < next_look:
+                    # with a thousand places to fill, those who have begun need not wait for the last
+                    for event in self._engine.wait(0.0 if self._start_next() else LOOK_SECONDS):
+                        self._handle(event)
+        except optuna.exceptions.StorageInternalError:
+            raise  # the next run finds that this process is gone
+        except BaseException:
+            self._put_everything_back()
+            raise
+        self._put_everything_back()
+
+    def _look(self, n_trials: int, show: Callable[[list[optuna.trial.FrozenTrial]], None]) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        show(trials)
+        n_finished = sum(trial.state in FINISHED for trial in trials)
+        self._n_missing = n_trials - n_finished - sum(trial.state == TrialState.RUNNING for trial in trials)
+        return n_finished < n_trials
+
+    def _start_next(self) -> bool:
+        if self._n_missing <= 0 or len(self._running) >= self._engine.capacity():
+            return False
+        self._n_missing -= 1
+        trial = self.study.ask()
+        self._attempts += 1
+        self._running[trial.number] = (trial, self._attempts)
+        self._held.add(trial._trial_id)
+        self._runner.claim(trial)
+        self.study.sampler = zoo.make_sampler(self._manager, self._seed + trial.number)
+        sample_lecture_dqn_params(trial, 0, self._manager.n_envs, {})
+        self._engine.submit(self._settings, trial.params, trial.number, self._attempts)
+        return True
+
+    def _handle(self, event: Report | Outcome) -> None:
+        if isinstance(event, Report):
+            self._engine.answer(event, self._is_pruned(event))
+        elif event.state == TrialState.RUNNING:
+            self._retry(event)
+        else:
+            self._tell(event)
+
+    def _is_pruned(self, report: Report) -> bool:
+        trial, attempt = self._running.get(report.number, (None, 0))
+        if trial is None or attempt != report.attempt:
+            return True  # an attempt that was given up, and still lives
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*already reported")  # by an earlier attempt, with the same seeds
+            trial.report(report.value, report.step)
+        return trial.should_prune()
+
+    def _retry(self, outcome: Outcome) -> None:
+        trial = self._let_go(outcome.number)
+        _logger.warning("trial %d was lost: %s", outcome.number, outcome.reason)
+        if give_up_or_put_back(self.study, read_trial(self.study, trial), outcome.reason, self._runner.max_retries):
+            self._n_missing += 1
+
+    def _tell(self, outcome: Outcome) -> None:
+        trial = self._let_go(outcome.number)
+        if not is_held(self.study, trial, self._runner.id):
+            _logger.warning("trial %d was taken over by another process: its result is dropped", outcome.number)
+            return
+        if "scores" in outcome.attributes:
+            trial.set_user_attr("scores", outcome.attributes["scores"])
+        if outcome.state == TrialState.FAIL:
+            _logger.warning("trial %d failed: %s", outcome.number, outcome.reason)
+            fail(self.study, read_trial(self.study, trial), outcome.reason)
+            return
+        # without a state Optuna fails a score that is not a number, as it does in the zoo
+        state = None if outcome.state == TrialState.COMPLETE else outcome.state
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # told, though the database could not say so
+            self.study.tell(trial, outcome.value, state=state, skip_if_finished=True)
+
+    def _let_go(self, number: int) -> optuna.Trial:
+        trial, _ = self._running.pop(number)
+        self._held.discard(trial._trial_id)
+        return trial
+
+    def _put_everything_back(self) -> None:
+        for trial in [self._let_go(number) for number in list(self._running)]:
+            if is_held(self.study, trial, self._runner.id):
+                put_back(self.study, trial)

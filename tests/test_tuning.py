@@ -1,0 +1,412 @@
+"""Scores, studies and what outlives a process: everything of tuning that needs no engine."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+from postgres import PostgresServer, find_programs, postgres_server
+
+from sb3_lecture_dqn import LectureDQN, tune, zoo
+from sb3_lecture_dqn.tuning import studies
+from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
+from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, wait_for_outages
+from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, here, open_study
+
+SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
+SEARCH = ["-optimize", "--no-optim-plots", "-n", "200", "--eval-episodes", "1", "--n-evaluations", "1", "--pruner", "none"]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's initdb is not installed (Debian: apt-get install postgresql)")
+    with postgres_server(programs) as server:
+        yield server
+
+
+@pytest.fixture
+def zoo_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    zoo.register()
+    from rl_zoo3.train import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *arguments])
+        train()
+
+    return call
+
+
+def storage_urls(tmp_path: Path, postgres: PostgresServer) -> dict[str, str]:
+    return {"journal": f"{tmp_path}/study.log", "sqlite": f"sqlite:///{tmp_path}/study.db", "postgresql": postgres.url()}
+
+
+def fake_manager(**attributes: Any) -> Any:
+    return SimpleNamespace(n_evaluations=1, optimization_log_path=None, **attributes)
+
+
+def reporting_objective(scores: list[float]) -> Any:
+    """What the zoo's objective does with a trial, with scores by seed."""
+
+    def objective(manager: Any, trial: Any) -> float:
+        score = scores[manager.seed - FIRST_SEED]
+        trial.report(score, 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned()
+        return score
+
+    return objective
+
+
+class PruneAtStep(optuna.pruners.BasePruner):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return trial.last_step == self.step
+
+
+@pytest.mark.parametrize(
+    ("step", "state", "scores", "intermediate"),
+    [
+        (None, TrialState.COMPLETE, [1.0, 2.0, 6.0], {1: 1.0, 2: 1.5}),
+        (1, TrialState.PRUNED, None, {1: 1.0}),
+        (2, TrialState.PRUNED, [1.0, 2.0], {1: 1.0, 2: 1.5}),
+    ],
+)
+def test_a_score_is_the_mean_over_seeds_and_a_trial_is_pruned_from_the_first_on(
+    step: int | None, state: TrialState, scores: list[float] | None, intermediate: dict[int, float]
+) -> None:
+    study = optuna.create_study(direction="maximize", pruner=PruneAtStep(step) if step else optuna.pruners.NopPruner())
+    study.optimize(lambda trial: score_on_seeds(reporting_objective([1.0, 2.0, 6.0]), fake_manager(), trial, 3), n_trials=1)
+    (trial,) = study.trials
+    assert (trial.state, trial.user_attrs.get("scores")) == (state, scores)
+    assert trial.intermediate_values == intermediate
+    if state == TrialState.COMPLETE:
+        assert trial.value == 3.0
+
+
+def test_a_trial_scores_the_same_wherever_and_whenever_it_runs(tmp_path: Path) -> None:
+    params = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)).ask()
+    zoo.sample_lecture_dqn_params(params, 0, 1, {})
+    values = [zoo.make_manager(SETTINGS, str(tmp_path)).objective(optuna.trial.FixedTrial(params.params)) for _ in range(2)]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("trial_seeds", [1, "many"])
+def test_fewer_than_two_seeds_are_refused(zoo_train: Any, trial_seeds: Any) -> None:
+    with pytest.raises(ValueError, match="trial_seeds must be an integer of at least 2, got"):
+        zoo_train(*SEARCH, "-params", f"trial_seeds:{trial_seeds!r}")
+
+
+def test_the_zoo_searches_in_memory_over_as_many_seeds_as_asked_for(zoo_train: Any, tmp_path: Path) -> None:
+    zoo_train(*SEARCH, "--n-trials", "1", "-params", "trial_seeds:3")
+    (report,) = (tmp_path / "logs" / "lecture_dqn").glob("report_*.csv")
+    header, row = report.read_text().splitlines()
+    assert "user_attrs_scores" in header
+    assert row.count("COMPLETE") == 1
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(
+    zoo_train: Any, tmp_path: Path, postgres: PostgresServer, kind: str
+) -> None:
+    url = storage_urls(tmp_path, postgres)[kind]
+    study_arguments = ["--storage", url, "--study-name", f"search-{kind}", "--seed", "0"]
+    zoo_train(*study_arguments, *SEARCH, "--n-trials", "2")
+    study = optuna.load_study(study_name=f"search-{kind}", storage=open_storage(url))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert all(len(trial.user_attrs["scores"]) == 2 for trial in study.trials)
+    assert study.user_attrs[SCORING]["environment"] == "CartPole-v1"
+
+    zoo_train(*study_arguments, "--trial-id", "0", "-n", "60", "--eval-freq", "-1")
+    model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_2" / "CartPole-v1.zip")
+    assert (model.batch_size, model.gamma) == (study.trials[0].params["batch_size"], study.trials[0].user_attrs["gamma"])
+
+
+def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1")
+    with pytest.raises(studies.TuningError, match=r"study 'short' was made with n_timesteps 200, got 300: choose another"):
+        zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1", "-n", "300")
+    assert len(optuna.load_study(study_name="short", storage=storage).trials) == 1
+
+
+def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: PostgresServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sb3_lecture_dqn.zoo", "train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *SEARCH]
+    study_arguments = ["--storage", postgres.url(), "--study-name", "killed", "--max-total-trials", "4", "-f", str(tmp_path)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    victim = subprocess.Popen([*command, *study_arguments, "-n", "200", "--n-trials", "100"], cwd=tmp_path, **pipes)
+    try:
+        until(lambda: states("killed", postgres.url()).count(TrialState.RUNNING) == 1)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    result = subprocess.run([*command, *study_arguments], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert states("killed", postgres.url()).count(TrialState.RUNNING) == 0
+    assert states("killed", postgres.url()).count(TrialState.COMPLETE) == 4
+
+
+def states(study_name: str, url: str) -> list[TrialState]:
+    with contextlib.suppress(KeyError):
+        return [trial.state for trial in optuna.load_study(study_name=study_name, storage=open_storage(url)).trials]
+    return []
+
+
+def until(condition: Any) -> None:
+    """Wait for something that must come; the limit is for a broken program alone."""
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within two minutes")
+
+
+def open_cartpole_study(url: str, name: str = "study") -> optuna.Study:
+    return open_study(open_storage(url), name, {"environment": "CartPole-v1"})
+
+
+def claimed_trial(study: optuna.Study, life: dict[str, Any]) -> None:
+    """A running trial of another runner."""
+    study.set_user_attr(RUNNER + "other", life)
+    study.ask().set_user_attr("runner", "other")
+
+
+def dead_process_id() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(
+    tmp_path: Path, postgres: PostgresServer, kind: str
+) -> None:
+    study = open_cartpole_study(storage_urls(tmp_path, postgres)[kind], f"retries-{kind}")
+    runner = Runner(study, max_retries=2)
+    seen = []
+    for _ in range(3):
+        claimed_trial(study, {"host": here(), "pid": dead_process_id(), "beats": 1})
+        runner.put_lost_trials_back()
+        seen.append(study.trials[0].state)
+    assert seen == [TrialState.WAITING, TrialState.WAITING, TrialState.FAIL]
+    assert study.trials[0].user_attrs["failure"] == "lost 3 times, at last because its process died"
+    assert len(study.trials) == 1
+
+
+def test_a_trial_of_another_host_is_lost_when_its_runner_has_been_silent_for_some_looks(tmp_path: Path) -> None:
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    claimed_trial(study, {"host": "elsewhere", "pid": os.getpid(), "beats": 0})
+    study.ask()  # by somebody who died before saying so
+    runner = Runner(study)
+    for look in range(10):
+        study.set_user_attr(RUNNER + "other", {"host": "elsewhere", "pid": os.getpid(), "beats": look})
+        runner.put_lost_trials_back()
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.WAITING]
+    for _ in range(studies.LOOKS):
+        runner.put_lost_trials_back()
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING, TrialState.WAITING]
+
+
+def test_a_study_waits_while_its_database_is_away(postgres: PostgresServer) -> None:
+    storage = open_storage(postgres.url())
+    study = open_study(storage, "outage", {})
+    wait_for_outages(storage)
+    numbers = [study.ask().number]
+    postgres.stop()
+    restart = threading.Timer(3.0, postgres.start)
+    restart.start()
+    try:
+        for number in range(5):
+            trial = study.ask()
+            numbers.append(trial.number)
+            trial.set_user_attr("n", number)
+            study.tell(trial, float(number))
+    finally:
+        restart.join()
+    assert numbers == [0, 1, 2, 3, 4, 5]
+    trials = optuna.load_study(study_name="outage", storage=postgres.url()).trials
+    assert [trial.value for trial in trials] == [None, 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [trial.user_attrs.get("n") for trial in trials] == [None, 0, 1, 2, 3, 4]
+
+
+def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = open_cartpole_study(url)
+    others = open_cartpole_study(url)
+    mine = [study.ask() for _ in range(3)]
+    for trial in mine:
+        held_trials(study).add(trial._trial_id)
+    study.get_trials()
+    theirs = [others.ask() for _ in range(2)]
+    others.tell(theirs[0], 4.0)
+    running, complete = TrialState.RUNNING, TrialState.COMPLETE
+    assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, running]
+
+    others.tell(mine[0].number, 1.0)  # as if by mistake: seen when the trial is let go
+    others.tell(theirs[1], 5.0)
+    assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, complete]
+    held_trials(study).discard(mine[0]._trial_id)
+    assert [trial.value for trial in study.get_trials()] == [1.0, None, None, 4.0, 5.0]
+
+
+@pytest.fixture
+def study_with_two_trials(tmp_path: Path) -> list[str]:
+    """The arguments of ``tune best`` for a study whose trial 1 is the better one."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    manager = zoo.make_manager(SETTINGS, str(tmp_path / "zoo"))
+    study = open_study(open_storage(url), "best", zoo.scoring_of(manager))
+    for seed in range(2):
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        trial = study.ask()
+        zoo.sample_lecture_dqn_params(trial, 0, 1, {})
+        study.tell(trial, float(seed))
+    return ["best", "--storage", url, "--study-name", "best", "--env", "CartPole-v1"]
+
+
+def best_params(arguments: list[str]) -> dict[str, Any]:
+    return optuna.load_study(study_name="best", storage=arguments[2]).trials[1].params
+
+
+def test_the_best_trial_becomes_an_entry_that_the_zoo_trains(
+    study_with_two_trials: list[str], zoo_train: Any, tmp_path: Path
+) -> None:
+    assert tune.main([*study_with_two_trials, "--output", "mine.yml"]) == 0
+    zoo_train("-conf", "mine.yml", "-n", "60", "--eval-freq", "-1")
+    model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1" / "CartPole-v1.zip")
+    params = best_params(study_with_two_trials)
+    assert (model.batch_size, model.q_net.net_arch) == (params["batch_size"], [params["width"]] * 2)
+    assert yaml.safe_load((tmp_path / "mine.yml").read_text())["CartPole-v1"]["n_timesteps"] == 200
+
+
+OTHERS = """\
+# of all things
+Acrobot-v1: &base  # shared
+  batch_size: 7  # why seven
+{}
+# of the mountain
+MountainCar-v0: *base
+"""
+
+
+def test_an_entry_is_added_and_every_other_byte_stays(study_with_two_trials: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_text(OTHERS.format(""))
+    assert tune.main([*study_with_two_trials, "--output", str(file)]) == 0
+    assert file.read_text().startswith(OTHERS.format(""))
+    assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
+
+
+def test_an_existing_entry_is_replaced_only_when_asked(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yml"
+    before = OTHERS.format("\n# mine\nCartPole-v1:\n  batch_size: 8\n  train_freq: [1, episode]  # old\n")
+    file.write_text(before)
+    arguments = [*study_with_two_trials, "--output", str(file)]
+    assert tune.main(arguments) == 1
+    assert "has an entry CartPole-v1 already: --replace replaces it" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert tune.main([*arguments, "--replace"]) == 0
+    assert file.read_text().startswith(OTHERS.format("\n# mine\n"))
+    assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
+
+
+def test_an_entry_that_others_refer_to_is_not_replaced(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yml"
+    before = "CartPole-v1: &cart\n  batch_size: 8\nCartPole-v0: *cart\n"
+    file.write_text(before)
+    assert tune.main([*study_with_two_trials, "--output", str(file), "--replace"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert file.read_text() == before
+
+
+def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
+    script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert result.stdout == "False\n"
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says when it refuses; it must be one line."""
+    try:
+        status = tune.main(list(arguments))
+    except SystemExit as error:  # argparse
+        status = int(str(error.code))
+    assert status in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_bad_input_gets_one_line_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sb3_lecture_dqn.tuning import engine
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.ray, "init", lambda *_, **__: pytest.fail("it started"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{unused.getsockname()[1]}"
+        cartpole = ["--env", "CartPole-v1", "--trials", "1"]
+        away = f"postgresql+psycopg://tuner:secret@{free}/postgres"
+        error = one_line_error(capsys, *cartpole, "--storage", away)
+        assert "cannot be opened" in error
+        assert "secret" not in error
+        assert f"Ray cluster {free} cannot be reached" in one_line_error(capsys, *cartpole, "--ray-address", free)
+    assert "auto or HOST:PORT" in one_line_error(capsys, *cartpole, "--ray-address", "ray://there")
+    assert "--trials: must be at least 1, got 0" in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "0")
+    assert "--seeds: must be at least 2, got 1" in one_line_error(capsys, *cartpole, "--seeds", "1")
+    assert "CartPoel" in one_line_error(capsys, "--env", "CartPoel-v1", "--trials", "1")
+    assert "no_such_package" in one_line_error(capsys, *cartpole, "--gym-packages", "no_such_package")
+    assert "nowhere.yml" in one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml")
+    assert "cannot be opened" in one_line_error(capsys, *cartpole, "--storage", "no url")
+    assert "there is no study" in one_line_error(capsys, "best", "--env", "CartPole-v1", "--output", "mine.yml")
+
+
+def test_a_study_of_another_environment_or_algorithm_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/study.db"
+    open_study(open_storage(url), "ours", {"algorithm": "lecture_dqn", "environment": "Acrobot-v1"})
+    foreign = optuna.create_study(storage=url, study_name="foreign")
+    foreign.add_trial(optuna.create_trial(value=1.0))
+    arguments = ["--env", "CartPole-v1", "--trials", "1", "--storage", url, "--study-name"]
+    assert "made with environment 'Acrobot-v1', got 'CartPole-v1'" in one_line_error(capsys, *arguments, "ours")
+    assert "study 'foreign' exists and is not one of lecture_dqn" in one_line_error(capsys, *arguments, "foreign")
+    assert [trial.value for trial in optuna.load_study(study_name="foreign", storage=url).trials] == [1.0]
+
+
+def test_a_storage_that_may_not_be_written_is_named(
+    postgres: PostgresServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_cartpole_study(postgres.url(), "theirs")
+    postgres.execute("CREATE ROLE reader LOGIN")
+    postgres.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+    arguments = ["--env", "CartPole-v1", "--trials", "1", "--study-name", "mine", "--storage"]
+    assert "permission denied" in one_line_error(capsys, *arguments, postgres.url(user="reader"))
+    open_cartpole_study(f"sqlite:///{tmp_path}/study.db", "theirs")
+    error = one_line_error(capsys, *arguments, f"sqlite:///file:{tmp_path}/study.db?mode=ro&uri=true")
+    assert "readonly database" in error
