@@ -33,6 +33,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
+from sb3_lecture_dqn.checkpoints import record_for_checkpoints
+from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.fast_update import FastUpdate, split_observations
 from sb3_lecture_dqn.files import check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
@@ -248,6 +250,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self.exploration_schedule = self._make_exploration_schedule()
         self._fast_update: FastUpdate | None = None
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
+        self._divergence_watch = DivergenceWatch()
         if self.n_envs > self.target_update_interval:
             warnings.warn(
                 f"The number of environments used is greater than target_update_interval ({self.n_envs} > "
@@ -455,8 +458,19 @@ class LectureDQN(OffPolicyAlgorithm):
         return th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def _record_training_metrics(self) -> None:
-        for name, mean in self._training_metrics.pop().items():
+        means = self._training_metrics.pop()
+        for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
+        self._divergence_watch.check(self, means)
+
+    def check_divergence(self) -> None:
+        """
+        Check that θ, ψ and the newest transitions are finite; training itself checks every ``metrics_interval`` gradient steps.
+
+        :raises DivergenceError: if they are not
+        """
+        self._divergence_watch.check(self, {})
+        self._divergence_watch.check_parameters(self)
 
     def dump_logs(self) -> None:
         """Write the log, with the means of the training metrics since the last time."""
@@ -471,6 +485,7 @@ class LectureDQN(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        record_for_checkpoints(callback, self.env)
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -559,6 +574,7 @@ class LectureDQN(OffPolicyAlgorithm):
             "random_generator",
             "_fast_update",
             "_training_metrics",
+            "_divergence_watch",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
