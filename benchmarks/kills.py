@@ -11,6 +11,7 @@ normalisation, the evaluations, the files that were written (times apart) and th
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -21,19 +22,20 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported need not be imported again
 ATARI_GAME = "PongNoFrameskip-v4"
@@ -57,8 +59,8 @@ def all_scenarios() -> list[Scenario]:
     """Every environment, alone and eight at once, in one process and in many."""
     scenarios = []
     for env_id, n_envs, kind in itertools.product(ENVIRONMENTS, (1, 8), ("dummy", "subproc")):
-        n_timesteps = 800 if env_id == ATARI_GAME else 3_000
-        scenarios.append(Scenario(env_id, n_envs, kind, n_timesteps, n_timesteps // 5))
+        n_timesteps = 800 if env_id == ATARI_GAME else 2_000
+        scenarios.append(Scenario(env_id, n_envs, kind, n_timesteps, n_timesteps // 8))
     return scenarios
 
 
@@ -76,12 +78,16 @@ def make_env(scenario: Scenario, seed: int, folder: Path | None) -> VecEnv:
         import ale_py
 
         gymnasium.register_envs(ale_py)
+        # A game against an opponent that is not trained to be beaten takes long: evaluations stop early.
+        kwargs["env_kwargs"] = {} if folder is not None else {"max_num_frames_per_episode": 400}
         return VecTransposeImage(VecFrameStack(make_atari_env(scenario.env_id, **kwargs), 2))
     env = make_vec_env(scenario.env_id, **kwargs)
     return VecNormalize(env, training=folder is not None, norm_reward=folder is not None)
 
 
-def train(scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path) -> None:
+def train(
+    scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path, others: Sequence[BaseCallback] = ()
+) -> None:
     """Train a scenario, continuing if there is something to continue, and write what came out."""
     th.set_num_threads(1)
     env, eval_env = make_env(scenario, 0, folder), make_env(scenario, 100, None)
@@ -90,13 +96,13 @@ def train(scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path
         "CnnPolicy" if is_atari else "MlpPolicy",
         env,
         learning_rate=1e-3,
-        buffer_size=500 if is_atari else 1_000,  # it comes round
+        buffer_size=400 if is_atari else 800,  # it comes round
         learning_starts=100,
-        batch_size=32,
+        batch_size=8 if is_atari else 32,
         train_freq=max(8 // scenario.n_envs, 1),
         gradient_steps=2,
         target_update_interval=200,
-        policy_kwargs={"net_arch": [32, 32]},
+        policy_kwargs={"net_arch": [32, 32], **({"features_extractor_kwargs": {"features_dim": 32}} if is_atari else {})},
         seed=3,
         device="cpu",
     )
@@ -105,7 +111,7 @@ def train(scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path
     evaluation = EvalCallback(
         eval_env,
         n_eval_episodes=1,
-        eval_freq=n_calls * 2 if is_atari else n_calls,
+        eval_freq=n_calls,
         log_path=str(folder),
         best_model_save_path=str(folder),
         deterministic=False,
@@ -113,7 +119,7 @@ def train(scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path
     )
     snapshots = CheckpointCallback(n_calls, str(folder / "snapshots"))
     checkpointing = ResumableCheckpointCallback(scenario.save_freq, checkpoints, keep_last=2)
-    model.learn(scenario.n_timesteps, callback=[evaluation, checkpointing, snapshots])
+    model.learn(scenario.n_timesteps, callback=[evaluation, checkpointing, snapshots, *others])
     digests = digest(model, evaluation, folder)
     env.close()
     eval_env.close()
@@ -215,22 +221,31 @@ def uninterrupted(scenario: Scenario, folder: Path) -> tuple[dict[str, str], flo
 
 def killed_until_done(
     scenario: Scenario, folder: Path, duration: float, n_kills: int, generator: random.Random
-) -> tuple[dict[str, str], int]:
-    """What comes out if the run is killed so many times, and how many of the kills found it alive."""
+) -> tuple[dict[str, str], list[int]]:
+    """What comes out if the run is killed so many times, and the steps that it was continued from."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     arguments = scenario, folder / "run", folder / "checkpoints", folder / "digest.json"
-    kills = 0
-    while kills < n_kills:
+    continued_from: list[int] = []
+    while len(continued_from) < n_kills:
         # A resumed run is shorter, so that a moment of the whole run often finds it finished: then from the start again.
         if in_new_process(train, *arguments, seconds=generator.uniform(0.0, duration)):
             shutil.rmtree(folder)
             folder.mkdir()
+            continued_from.clear()
             continue
-        kills += 1
+        checkpoint = newest_checkpoint(folder / "checkpoints")
+        continued_from.append(checkpoint.num_timesteps if checkpoint else 0)
     if not in_new_process(train, *arguments):
         raise RuntimeError(f"{scenario} cannot be continued")
-    return json.loads((folder / "digest.json").read_text()), kills
+    return json.loads((folder / "digest.json").read_text()), continued_from
+
+
+def warm_up() -> None:
+    """Have PyTorch import what it imports at the first use, so that the processes made of this one need not."""
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, batch_size=4)
+    model.learn(20)
+    model.save(io.BytesIO())
 
 
 def main() -> None:
@@ -241,6 +256,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only scenarios with this in their name")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    warm_up()
     generator = random.Random(arguments.seed)
     scenarios = [scenario for scenario in all_scenarios() if arguments.only in str(scenario)]
     n_done = n_same = 0
@@ -251,10 +267,11 @@ def main() -> None:
                 continue
             expected, duration = uninterrupted(scenario, Path(temporary) / "reference")
             for _ in range(n_kills):
-                result, _ = killed_until_done(scenario, Path(temporary) / "killed", duration, 1, generator)
+                result, (step,) = killed_until_done(scenario, Path(temporary) / "killed", duration, 1, generator)
                 different = [name for name in expected if result[name] != expected[name]]
                 n_done, n_same = n_done + 1, n_same + (not different)
-                print(f"{scenario}: {'the same' if not different else f'different: {different}'}", flush=True)
+                outcome = f"different: {different}" if different else "the same"
+                print(f"{scenario}, continued from step {step} of {scenario.n_timesteps}: {outcome}", flush=True)
     print(f"{n_same} of {n_done} killed runs ended bit for bit like the run that nobody killed")
 
 

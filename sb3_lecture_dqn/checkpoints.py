@@ -98,7 +98,7 @@ class ResumableCheckpointCallback(BaseCallback):
 
     #: Attributes that the resumed run has of its own.
     not_in_checkpoints: ClassVar[frozenset[str]] = frozenset(
-        {"save_freq", "folder", "keep_last", "verbose", "_state", "_replay_buffer_files"}
+        {"save_freq", "folder", "keep_last", "_state", "_replay_buffer_files"}
     )
 
     def __init__(self, save_freq: int, folder: str | Path, keep_last: int = 3, verbose: int = 0) -> None:

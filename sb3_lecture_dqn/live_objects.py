@@ -103,8 +103,8 @@ class _Pickler(cloudpickle.Pickler):
         return self._name_by_id.get(id(obj))
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, EzPickle):
-            # Its pickle is its constructor's arguments: it would come back without its state.
+        if isinstance(obj, (EzPickle, io.IOBase)):
+            # The pickle of the first is its constructor's arguments, cloudpickle's of the second is a copy of the content.
             raise pickle.PicklingError(f"{type(obj).__name__} pickles without its state")
         return super().reducer_override(obj)
 

@@ -5,6 +5,7 @@ Everything here that is private to Stable-Baselines3 is named in the constants b
 one of them goes.
 """
 
+import inspect
 import io
 import pickle
 import time
@@ -210,8 +211,14 @@ def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterato
 
 
 def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
+    """A callback's state. The paths that it was made with are not: a run may be continued in another place."""
     excluded = NOT_A_CALLBACKS_OWN | getattr(callback, "not_in_checkpoints", frozenset())
-    return {name: value for name, value in vars(callback).items() if name not in excluded}
+    arguments = inspect.signature(type(callback)).parameters
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in excluded and not (name in arguments and isinstance(value, (str, Path)))
+    }
 
 
 def _take_log(log: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ without it, this module runs any of the zoo's commands by itself::
 import functools
 import importlib
 import inspect
+import json
 import os
 import runpy
 import sys
@@ -18,12 +19,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
+from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
 
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
 SWITCH = "SB3_LECTURE_DQN_ZOO"
+#: Environment variable that names a folder for checkpoints, from which the same command, started again, continues.
+CHECKPOINTS = "SB3_LECTURE_DQN_CHECKPOINTS"
+#: Steps between two checkpoints where the zoo's ``--save-freq`` does not say it.
+DEFAULT_SAVE_FREQ = 10_000
+#: File in that folder with what the zoo would decide anew.
+RUN_FILE = "zoo_run.json"
 #: Keys of a hyperparameter entry that are the zoo's own, not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -84,13 +93,14 @@ def add_search_space(hyperparams_opt: ModuleType) -> None:
 
 def add_hyperparams_file(exp_manager: ModuleType) -> None:
     """
-    Make this project's hyperparameter file the default, and an unknown key in any file a clear error.
+    Make this project's hyperparameter file the default, an unknown key in any file a clear error, and checkpoints a choice.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
     manager = exp_manager.ExperimentManager
     manager.__init__ = _with_our_config(manager.__init__)
     manager.read_hyperparameters = _with_checked_keys(manager.read_hyperparameters)
+    manager.create_callbacks = _with_checkpoints(manager.create_callbacks)
 
 
 EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
@@ -112,8 +122,43 @@ def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
         if arguments.arguments["algo"] == ALGORITHM and not arguments.arguments.get("config"):
             arguments.arguments["config"] = str(HYPERPARAMS_FILE)
         init(*arguments.args, **arguments.kwargs)
+        manager = arguments.args[0]
+        if _makes_checkpoints(manager):
+            _take_up_run(manager, Path(os.environ[CHECKPOINTS]))
 
     return init_with_our_config
+
+
+def _makes_checkpoints(manager: Any) -> bool:
+    return bool(os.environ.get(CHECKPOINTS)) and manager.algo == ALGORITHM and not manager.optimize_hyperparameters
+
+
+def _take_up_run(manager: Any, folder: Path) -> None:
+    """Give a run that was started again the folder and the seed of its first start."""
+    run_file = folder / RUN_FILE
+    env_id = manager.env_name.gym_id
+    if not run_file.exists():
+        run = {"env": env_id, "save_path": str(Path(manager.save_path).resolve()), "seed": manager.seed}
+        with replace_when_written(run_file) as unfinished:
+            unfinished.write_text(json.dumps(run))
+    run = json.loads(run_file.read_text())
+    if run["env"] != env_id:
+        raise ValueError(f"{CHECKPOINTS} must name a folder for {env_id}, got {folder} with a run of {run['env']}")
+    manager.seed = manager.args.seed = run["seed"]
+    manager.save_path = run["save_path"]
+    manager.params_path = f"{manager.save_path}/{manager.env_name}"
+
+
+def _with_checkpoints(create_callbacks: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(create_callbacks)
+    def create_callbacks_and_ours(manager: Any) -> None:
+        save_freq = manager.save_freq if manager.save_freq > 0 else DEFAULT_SAVE_FREQ
+        create_callbacks(manager)
+        if _makes_checkpoints(manager):
+            folder = os.environ[CHECKPOINTS]
+            manager.callbacks.append(ResumableCheckpointCallback(save_freq, folder, verbose=manager.verbose))
+
+    return create_callbacks_and_ours
 
 
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
