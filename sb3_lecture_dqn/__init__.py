@@ -11,6 +11,7 @@ from sb3_lecture_dqn.divergence import DivergenceError
 from sb3_lecture_dqn.envs import register_envs
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
+from sb3_lecture_dqn.safetensors_files import load_safetensors, save_safetensors
 
 __all__ = [
     "CnnPolicy",
@@ -21,6 +22,8 @@ __all__ = [
     "MultiInputPolicy",
     "QNetwork",
     "ResumableCheckpointCallback",
+    "load_safetensors",
+    "save_safetensors",
 ]
 
 try:

@@ -141,14 +141,16 @@ def write_checkpoint(
 
 def keep_last(folder: Path, n_checkpoints: int) -> None:
     """
-    Delete all but the newest checkpoints, what crashes left behind, and the shared files that no checkpoint needs.
+    Delete all but the newest checkpoints, what crashes left behind, and the shared files that no checkpoint needs. What cannot
+    be deleted stays.
 
     :param folder: The folder of the checkpoints
     :param n_checkpoints: How many to keep
     """
     for path in _checkpoint_paths(folder)[n_checkpoints:]:
         # Renamed first: a folder that is half deleted must not have the name of a checkpoint.
-        os.replace(path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.deleted"))
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.deleted"))
     delete_leftovers(folder)
 
 
@@ -169,7 +171,8 @@ def delete_leftovers(folder: Path) -> None:
             return  # nobody knows what it needs
     for path in (folder / SHARED_FOLDER).glob("*"):
         if path.name not in needed:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _write_file(path: Path, write: Writer) -> FileRecord:

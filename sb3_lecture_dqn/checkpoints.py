@@ -138,15 +138,16 @@ class ResumableCheckpointCallback(BaseCallback):
         self._saved_at = model.num_timesteps
         try:
             path = self._write(state)
-            keep_last(self.folder, self.keep_last)
         except OSError as error:
             warnings.warn(
                 f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
                 f"are in {self.folder} stay",
                 stacklevel=2,
             )
+            self._replay_buffer_files.undo()
             delete_leftovers(self.folder)
             return
+        keep_last(self.folder, self.keep_last)
         if self.verbose >= 1:
             print(f"Saved {path}")
 

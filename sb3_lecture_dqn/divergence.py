@@ -82,12 +82,12 @@ class DivergenceWatch:
         if n_new == 0:
             return
         rows = np.arange(pos - n_new, pos) % size
-        for name, causes in (
-            ("rewards", _REWARD_CAUSES),
-            ("observations", _OBSERVATION_CAUSES),
-            ("next_observations", _OBSERVATION_CAUSES),
+        for name, array_name, causes in (
+            ("rewards", "rewards", _REWARD_CAUSES),
+            ("observations", "next_observations", _OBSERVATION_CAUSES),
+            ("observations", "observations", _OBSERVATION_CAUSES),
         ):
-            first_bad = _first_row_not_finite(getattr(replay_buffer, name, None), rows)
+            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows)
             if first_bad is not None:
                 step = model.num_timesteps - (n_new - first_bad - 1) * replay_buffer.n_envs
                 raise DivergenceError(

@@ -36,7 +36,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get
 from sb3_lecture_dqn.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.fast_update import FastUpdate, split_observations
-from sb3_lecture_dqn.files import check_model_file, replace_when_written
+from sb3_lecture_dqn.files import add_checksums, check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
@@ -46,6 +46,7 @@ from sb3_lecture_dqn.validation import (
     check_at_least,
     check_in_unit_interval,
     check_int_at_least,
+    check_observation_space,
     check_policy_class,
 )
 
@@ -138,7 +139,7 @@ class LectureDQN(OffPolicyAlgorithm):
     :param seed: Seed of every generator that the algorithm draws from
     :param device: PyTorch device; ``"auto"`` takes a GPU if there is one
     :param _init_setup_model: Whether to build the networks now
-    :raises ValueError: if a value is out of its range, or the policy is not one of this package
+    :raises ValueError: if a value is out of its range, the policy is not one of this package, or it cannot take the observations
     :raises AssertionError: if the action space is not ``Discrete`` from 0
     """
 
@@ -194,6 +195,7 @@ class LectureDQN(OffPolicyAlgorithm):
             env = gymnasium.make(env)
         if env is not None:  # load() without an environment passes None
             check_action_space(env.action_space)
+            check_observation_space(env.observation_space)
         super().__init__(
             policy,
             env,
@@ -538,6 +540,7 @@ class LectureDQN(OffPolicyAlgorithm):
             target = target.with_name(f"{target.name}.zip")
         with replace_when_written(target) as unfinished:
             super().save(unfinished, exclude, include)
+            add_checksums(unfinished)
 
     @classmethod
     def load(

@@ -67,6 +67,7 @@ class ReplayBufferFiles:
         self._row_files: list[RowFile] = []
         self._rows_added = 0
         self._num_timesteps = 0
+        self._before: tuple[list[RowFile], int, int] = [], 0, 0
 
     def forget(self) -> None:
         """Old rows were changed: the next checkpoint writes all."""
@@ -80,8 +81,9 @@ class ReplayBufferFiles:
         :param replay_buffer: The buffer
         :param num_timesteps: The step of the run; one row is ``n_envs`` steps
         :return: The files that together hold all rows of the buffer
-        :raises OSError: if the disk does not take it; the next call writes these rows again
+        :raises OSError: if the disk does not take it
         """
+        self._before = self._row_files, self._rows_added, self._num_timesteps
         size, pos = replay_buffer.buffer_size, replay_buffer.pos
         rows_added = self._rows_added + (num_timesteps - self._num_timesteps) // replay_buffer.n_envs
         first = max(self._rows_added, rows_added - size)
@@ -98,6 +100,10 @@ class ReplayBufferFiles:
             row_files.append(RowFile(record, first, rows_added))
         self._row_files, self._rows_added, self._num_timesteps = row_files, rows_added, num_timesteps
         return [file.record for file in row_files]
+
+    def undo(self) -> None:
+        """The checkpoint that the last rows were written for was not saved: the next one writes them again."""
+        self._row_files, self._rows_added, self._num_timesteps = self._before
 
     def state(self, replay_buffer: ReplayBuffer) -> dict[str, Any]:
         """
