@@ -85,9 +85,7 @@ def make_env(scenario: Scenario, seed: int, folder: Path | None) -> VecEnv:
     return VecNormalize(env, training=folder is not None, norm_reward=folder is not None)
 
 
-def train(
-    scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path, others: Sequence[BaseCallback] = ()
-) -> None:
+def train(scenario: Scenario, folder: Path, checkpoints: Path, digest_file: Path, others: Sequence[BaseCallback] = ()) -> None:
     """Train a scenario, continuing if there is something to continue, and write what came out."""
     th.set_num_threads(1)
     env, eval_env = make_env(scenario, 0, folder), make_env(scenario, 100, None)

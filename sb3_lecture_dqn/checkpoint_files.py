@@ -10,8 +10,8 @@ Checkpoints on disk: whole or not at all, and checked before anything in them is
       replay_buffer/             shared: each file holds the transitions that were new when it was written
         rows_0_10000_1f0c….npz
 
-A checkpoint is written under another name, each file flushed to the disk, and renamed at the end; so whatever has the name of a
-checkpoint is a whole one, unless the disk damages it later, which the checksums tell.
+A checkpoint is written under another name, each file flushed to the disk, and renamed at the end; so whatever has the name of
+a checkpoint is a whole one, unless the disk damages it later, which the checksums tell.
 """
 
 import contextlib

@@ -79,9 +79,10 @@ class ResumableCheckpointCallback(BaseCallback):
         model = LectureDQN("MlpPolicy", "LunarLander-v2", seed=0)
         model.learn(100_000, callback=ResumableCheckpointCallback(10_000, "runs/lander"))
 
-    Killed at any moment and started again, these two lines load the newest whole checkpoint of ``runs/lander`` and end with the
-    parameters, the optimizer, the replay buffer, the evaluations and the logged values (times apart) that the run would have
-    ended with, bit for bit, on the same machine and versions. What that covers, and what it cannot, is in ``docs/resume.md``.
+    Killed at any moment and started again, these two lines load the newest whole checkpoint of ``runs/lander`` and end with
+    the parameters, the optimizer, the replay buffer, the evaluations and the logged values (times apart) that the run would
+    have ended with, bit for bit, on the same machine and versions. What that covers, and what it cannot, is in
+    ``docs/resume.md``.
 
     Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
     step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay.
@@ -218,8 +219,8 @@ class ResumableCheckpointCallback(BaseCallback):
         for name, saved in checkpoint.facts["versions"].items():
             if _versions()[name] != saved:
                 warnings.warn(
-                    f"the checkpoint was made with {name} {saved} and this is {_versions()[name]}: the run goes on, but it may "
-                    "differ from the one that it would have been",
+                    f"the checkpoint was made with {name} {saved} and this is {_versions()[name]}: the run goes on, but it "
+                    "may differ from the one that it would have been",
                     stacklevel=2,
                 )
 

@@ -112,8 +112,8 @@ class DivergenceWatch:
 def _explain_metric(model: Any, name: str, mean: float) -> str:
     since = max(model._n_updates - model.metrics_interval, 0)
     return (
-        f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between {since} and "
-        f"{model._n_updates}; rewards and observations are finite, so the usual cause is {_LOSS_CAUSES}"
+        f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between {since} "
+        f"and {model._n_updates}; rewards and observations are finite, so the usual cause is {_LOSS_CAUSES}"
     )
 
 

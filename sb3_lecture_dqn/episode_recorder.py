@@ -7,7 +7,6 @@ observation tells whether the environment is where it was.
 """
 
 import multiprocessing
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +185,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
                 attributes[index, "emulator"] = layer.clone_state(include_rng=True)  # type: ignore[attr-defined]
                 attributes.pop((index, "ale"))
         data, left_out = live.dumps_attributes(attributes)
-        return data, [str(name) for _, name in left_out]
+        return data, [str(key[1]) for key in left_out]
 
     def _set_attributes(self, attributes: dict[Any, Any]) -> None:
         live = self._live_objects()
@@ -196,7 +195,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             if owner == "space":
                 vars(spaces[name]).update(value)
             elif name == "emulator":
-                layers[owner].restore_state(value)  # type: ignore[attr-defined]
+                layers[owner].restore_state(value)
             else:
                 vars(layers[owner])[name] = value
 

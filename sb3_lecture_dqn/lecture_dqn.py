@@ -139,7 +139,8 @@ class LectureDQN(OffPolicyAlgorithm):
     :param seed: Seed of every generator that the algorithm draws from
     :param device: PyTorch device; ``"auto"`` takes a GPU if there is one
     :param _init_setup_model: Whether to build the networks now
-    :raises ValueError: if a value is out of its range, the policy is not one of this package, or it cannot take the observations
+    :raises ValueError: if a value is out of its range, the policy is not one of this package, or it cannot take the
+        observations
     :raises AssertionError: if the action space is not ``Discrete`` from 0
     """
 
@@ -467,7 +468,7 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def check_divergence(self) -> None:
         """
-        Check that θ, ψ and the newest transitions are finite; training itself checks every ``metrics_interval`` gradient steps.
+        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps.
 
         :raises DivergenceError: if they are not
         """

@@ -64,7 +64,7 @@ class LiveObjects:
         _Pickler(file, self._name_by_id).dump(state)
         return file.getvalue()
 
-    def dumps_attributes(self, attributes: Mapping[str, Any]) -> tuple[bytes, list[str]]:
+    def dumps_attributes(self, attributes: Mapping[Any, Any]) -> tuple[bytes, list[Any]]:
         """
         Pickle those attributes that can be pickled, all in one.
 
@@ -94,7 +94,7 @@ class LiveObjects:
         return True
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, name_by_id: Mapping[int, str]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._name_by_id = name_by_id

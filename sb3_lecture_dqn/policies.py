@@ -206,7 +206,9 @@ class LectureDQNPolicy(BasePolicy):
             net_args = self._update_features_extractor(self.net_args, features_extractor=None)
         except (RuntimeError, AttributeError) as error:
             encoder = self.features_extractor_class.__name__
-            raise ValueError(f"env must have observations that {encoder} can take, got {self.observation_space}: {error}") from error
+            raise ValueError(
+                f"env must have observations that {encoder} can take, got {self.observation_space}: {error}"
+            ) from error
         return QNetwork(**net_args).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:

@@ -155,11 +155,12 @@ def mark_last_rows_as_ends(replay_buffer: ReplayBuffer) -> None:
     """
     if isinstance(replay_buffer, HerReplayBuffer):
         replay_buffer.truncate_last_trajectory()
-    elif replay_buffer.optimize_memory_usage or isinstance(replay_buffer, NStepReplayBuffer):
-        if replay_buffer.size() > 0:
-            replay_buffer.dones[replay_buffer.pos - 1] = 1
-            if replay_buffer.handle_timeout_termination:
-                replay_buffer.timeouts[replay_buffer.pos - 1] = 1
+        return
+    follows_rows = replay_buffer.optimize_memory_usage or isinstance(replay_buffer, NStepReplayBuffer)
+    if follows_rows and replay_buffer.size() > 0:
+        replay_buffer.dones[replay_buffer.pos - 1] = 1
+        if replay_buffer.handle_timeout_termination:
+            replay_buffer.timeouts[replay_buffer.pos - 1] = 1
 
 
 def _row_arrays(replay_buffer: ReplayBuffer) -> dict[str, np.ndarray]:
@@ -179,9 +180,9 @@ def _write_rows(file: BinaryIO, replay_buffer: ReplayBuffer, positions: np.ndarr
 
 def _pack(rows: np.ndarray) -> np.ndarray:
     """HER's infos are Python objects, which a numpy file holds only as bytes."""
-    return rows if rows.dtype != object else np.frombuffer(pickle.dumps(rows), dtype=np.uint8)
+    return rows if rows.dtype.kind != "O" else np.frombuffer(pickle.dumps(rows), dtype=np.uint8)
 
 
 def _unpack(saved: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    rows: np.ndarray = saved if dtype != object else pickle.loads(saved.tobytes())
+    rows: np.ndarray = saved if dtype.kind != "O" else pickle.loads(saved.tobytes())
     return rows

@@ -1,10 +1,10 @@
 """
 Models in a format that cannot run code.
 
-SB3's zip files hold pickles, and a pickle can run any code when it is loaded. A file of this module holds tensors in the format
-`safetensors <https://github.com/huggingface/safetensors>`_ and, in its header, JSON: numbers, words and shapes, from which the
-model is built anew. It holds what a user needs to play, to evaluate and to start another training: θ, ψ, the spaces and the
-hyperparameters that are numbers; not the optimizer's state, and not the replay buffer.
+SB3's zip files hold pickles, and a pickle can run any code when it is loaded. A file of this module holds tensors in the
+format `safetensors <https://github.com/huggingface/safetensors>`_ and, in its header, JSON: numbers, words and shapes, from
+which the model is built anew. It holds what a user needs to play, to evaluate and to start another training: θ, ψ, the spaces
+and the hyperparameters that are numbers; not the optimizer's state, and not the replay buffer.
 """
 
 import hashlib
@@ -29,9 +29,7 @@ from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MultiInputPoli
 
 FORMAT_VERSION = 1
 #: What a file may name: a name is looked up here and nowhere else.
-POLICIES: dict[str, type[LectureDQNPolicy]] = {
-    cls.__name__: cls for cls in (LectureDQNPolicy, CnnPolicy, MultiInputPolicy)
-}
+POLICIES: dict[str, type[LectureDQNPolicy]] = {cls.__name__: cls for cls in (LectureDQNPolicy, CnnPolicy, MultiInputPolicy)}
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls for cls in (nn.LeakyReLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid)
 }

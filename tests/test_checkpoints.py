@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from resuming import differences, kills, run
+from scripted_envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_lecture_dqn import LectureDQN, checkpoint_files
@@ -24,7 +25,6 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_shared_file,
 )
 from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles
-from scripted_envs import CountingEnv
 
 
 def small_model() -> LectureDQN:
@@ -173,7 +173,9 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(tmp_path: Path, monkeypatc
         return write_file(path, writer)
 
     monkeypatch.setattr(checkpoint_files, "_write_file", full_at_step_100)
-    with pytest.warns(UserWarning, match=r"no checkpoint was saved at step 100 \(.*No space left on device\); the run goes on"):
+    with pytest.warns(
+        UserWarning, match=r"no checkpoint was saved at step 100 \(.*No space left on device\); the run goes on"
+    ):
         model = run(small_model, 400, tmp_path / "run")
     assert differences(model, expected) == []
     checkpoint = newest_checkpoint(tmp_path / "run")

@@ -1,8 +1,7 @@
 """A run that is interrupted and started again ends bit for bit like one that was not."""
 
 import os
-import subprocess
-import sys
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -23,9 +23,7 @@ from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.callbacks import OverestimationCallback
 from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.envs import GymVectorVecEnv
-from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 
-REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
 
 
@@ -78,7 +76,7 @@ def test_everything_is_the_same_after_an_interruption(env_id: str, n_envs: int, 
 @pytest.mark.parametrize("env_id", ["LunarLander-v2", "CartPole-v1"])
 def test_environments_in_other_processes_come_back_too(env_id: str, tmp_path: Path) -> None:
     scenario = kills.Scenario(env_id, 2, "subproc", 320, 64)
-    expected, duration = kills.uninterrupted(scenario, tmp_path / "reference")
+    expected, _ = kills.uninterrupted(scenario, tmp_path / "reference")
     folder = tmp_path / "interrupted"
     arguments = folder / "run", folder / "checkpoints", folder / "digest.json"
     assert not kills.in_new_process(kills.train, scenario, *arguments, [InterruptAt(230)])
@@ -87,11 +85,12 @@ def test_environments_in_other_processes_come_back_too(env_id: str, tmp_path: Pa
     assert expected["parameters"] in (folder / "digest.json").read_text()
 
 
-def test_killed_processes_go_on_as_if_nobody_had_killed_them() -> None:
-    command = [sys.executable, "benchmarks/kills.py", "--kills", "2", "--only", "CartPole-v1 n_envs=1 dummy"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert "2 of 2 killed runs ended bit for bit" in result.stdout, result.stdout + result.stderr
+def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
+    scenario = kills.Scenario("CartPole-v1", 1, "dummy", 1_200, 120)
+    expected, duration = kills.uninterrupted(scenario, tmp_path / "reference")
+    result, steps = kills.killed_until_done(scenario, tmp_path / "killed", duration, 2, random.Random(2))
+    assert len(steps) == 2
+    assert result == expected
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,6 @@ def test_checkpoints_change_nothing_in_a_run(tmp_path: Path) -> None:
         return small_model("LunarLander-v2", gradient_steps=2)
 
     assert differences(run(build, 400, None), run(build, 400, tmp_path)) == []
-
 
 
 @pytest.mark.parametrize("copy_info_dict", [False, True])

@@ -83,7 +83,7 @@ def test_what_cannot_be_named_is_refused(tmp_path: Path) -> None:
     class OwnPolicy(LectureDQNPolicy):
         pass
 
-    with pytest.raises(ValueError, match="policy must be one of .* to be saved without code, got OwnPolicy"):
+    with pytest.raises(ValueError, match=r"policy must be one of .* to be saved without code, got OwnPolicy"):
         save_safetensors(LectureDQN(OwnPolicy, "CartPole-v1"), tmp_path / "model.safetensors")
     model = LectureDQN("MlpPolicy", "CartPole-v1", learning_rate=lambda progress: progress)
     with pytest.raises(ValueError, match="learning_rate must be a number or a LinearSchedule"):
