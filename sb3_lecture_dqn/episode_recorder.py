@@ -63,6 +63,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._outer = outer
         self._needs_replay: bool | None = None  # known after the first reset
+        self._cannot_pickle: list[Any] = []
         self._before_reset: bytes | None = None
         self._reset_kwargs: dict[str, Any] = {}
         self._actions: list[Any] = []
@@ -184,8 +185,11 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             if layer is layer.unwrapped and _has_emulator_state(layer):
                 attributes[index, "emulator"] = layer.clone_state(include_rng=True)  # type: ignore[attr-defined]
                 attributes.pop((index, "ale"))
+        for key in self._cannot_pickle:  # finding out takes longer than pickling the rest
+            attributes.pop(key, None)
         data, left_out = live.dumps_attributes(attributes)
-        return data, [str(key[1]) for key in left_out]
+        self._cannot_pickle += left_out
+        return data, [str(key[1]) for key in self._cannot_pickle]
 
     def _set_attributes(self, attributes: dict[Any, Any]) -> None:
         live = self._live_objects()

@@ -267,6 +267,7 @@ class LectureDQN(OffPolicyAlgorithm):
         for name in ("gamma", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"):
             check_in_unit_interval(name, getattr(self, name))
         check_int_at_least("gradient_steps", self.gradient_steps, -1)
+        check_int_at_least("stats_window_size", self._stats_window_size, 1)
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
