@@ -268,9 +268,11 @@ class LectureDQN(OffPolicyAlgorithm):
             check_in_unit_interval(name, getattr(self, name))
         check_int_at_least("gradient_steps", self.gradient_steps, -1)
         check_int_at_least("stats_window_size", self._stats_window_size, 1)
+        self._stats_window_size = int(self._stats_window_size)  # numpy's integers are not enough for Python's deque
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
+            self.learning_rate = float(self.learning_rate)
         if self.max_grad_norm is not None:
             check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
         if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)

@@ -8,12 +8,15 @@ what is loaded refers to the object of that name in the run that goes on.
 
 import io
 import pickle
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cloudpickle
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 class LiveObjects:
@@ -66,13 +69,14 @@ class LiveObjects:
 
     def dumps_attributes(self, attributes: Mapping[Any, Any]) -> tuple[bytes, list[Any]]:
         """
-        Pickle those attributes that can be pickled, all in one.
+        Pickle those attributes that can be pickled, all in one. Functions are code and not state: they are left as they are.
 
         :param attributes: Attributes by name
         :return: The pickle of a dictionary, and the names of those that cannot be pickled
         """
+        attributes = {name: value for name, value in attributes.items() if not isinstance(value, _FUNCTIONS)}
         try:
-            return self.dumps(dict(attributes)), []
+            return self.dumps(attributes), []
         except Exception:  # pickling runs code of the attributes' own
             left_out = [name for name, value in attributes.items() if not self._can_pickle(value)]
         return self.dumps({name: value for name, value in attributes.items() if name not in left_out}), left_out

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
@@ -232,6 +232,19 @@ def test_one_callback_serves_one_run(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_named(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
         ResumableCheckpointCallback(**{"save_freq": 10, "folder": tmp_path, name: value})
+
+
+def test_a_function_as_a_callback_stays_the_users_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def note(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        seen.append(locals_["self"].num_timesteps)
+        return True
+
+    for n_timesteps in (160, 160):
+        checkpointing = ResumableCheckpointCallback(100, tmp_path)
+        small_model("CartPole-v1").learn(n_timesteps, callback=[ConvertCallback(note), checkpointing])
+    assert seen == [*range(1, 161), *range(101, 161)]
 
 
 def test_callbacks_with_environments_of_their_own_are_continued(tmp_path: Path) -> None:
