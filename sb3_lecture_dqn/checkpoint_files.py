@@ -250,9 +250,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         checkpoint = _read_manifest(path)
         for record in checkpoint.files.values():
-            _verify(checkpoint.file(record.name), record)
+            _verify(path, checkpoint.file(record.name), record)
         for record in checkpoint.shared_files:
-            _verify(checkpoint.shared_file(record), record)
+            _verify(path, checkpoint.shared_file(record), record)
     except OSError as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
     return checkpoint
@@ -268,14 +268,16 @@ def _read_manifest(path: Path) -> Checkpoint:
         raise DamagedCheckpointError(f"{path} is damaged: {MANIFEST} cannot be read ({error})") from error
     if manifest["format"] != FORMAT_VERSION:
         raise DamagedCheckpointError(f"{path} has the format {manifest['format']}, this version reads {FORMAT_VERSION}")
+    if path.name != f"checkpoint_{manifest['num_timesteps']}":
+        raise DamagedCheckpointError(f"{path} is damaged: it is the checkpoint of step {manifest['num_timesteps']}")
     files = {record[0]: FileRecord(*record) for record in manifest["files"]}
     shared_files = [FileRecord(*record) for record in manifest["shared_files"]]
     return Checkpoint(path, manifest["num_timesteps"], manifest["facts"], files, shared_files)
 
 
-def _verify(path: Path, record: FileRecord) -> None:
-    if path.stat().st_size != record.size or file_sha256(path) != record.sha256:
-        raise DamagedCheckpointError(f"{path.parent} is damaged: {path.name} is not what was written")
+def _verify(checkpoint: Path, file: Path, record: FileRecord) -> None:
+    if file.stat().st_size != record.size or file_sha256(file) != record.sha256:
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {file.name} is not what was written")
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ class ResumableCheckpointCallback(BaseCallback):
     :param keep_last: How many checkpoints are kept, at least 1
     :param verbose: 0 for no output, 1 for a line at each checkpoint
     :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
-        settings, another number of steps) or nothing but damaged checkpoints
+        settings, another number of steps) or nothing but damaged checkpoints, or this callback is within another one
     """
 
     #: Attributes that the resumed run has of its own.
@@ -129,6 +129,8 @@ class ResumableCheckpointCallback(BaseCallback):
             self._save(self._state)
 
     def _on_step(self) -> bool:
+        if self._state is None:
+            raise ValueError("callback must have ResumableCheckpointCallback in its list, not within another callback")
         return True
 
     # Saving

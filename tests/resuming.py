@@ -3,17 +3,25 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 
-_SPEC = importlib.util.spec_from_file_location("kills", Path(__file__).parents[1] / "benchmarks" / "kills.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-kills = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(kills)
+
+def load_benchmark(name: str) -> ModuleType:
+    """A program of ``benchmarks/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kills: Any = load_benchmark("kills")
 
 
 class Interruption(BaseException):

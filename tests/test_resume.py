@@ -13,7 +13,7 @@ from gymnasium import spaces
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
@@ -226,6 +226,11 @@ def test_one_callback_serves_one_run(tmp_path: Path) -> None:
     model.learn(60, callback=callback)
     with pytest.raises(ValueError, match="must be a new ResumableCheckpointCallback"):
         model.learn(60, callback=callback)
+
+
+def test_a_place_where_it_is_not_called_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not within another callback"):
+        small_model("CartPole-v1").learn(60, callback=EveryNTimesteps(20, ResumableCheckpointCallback(50, tmp_path)))
 
 
 @pytest.mark.parametrize(("name", "value"), [("save_freq", 0), ("keep_last", 0), ("save_freq", 1.5)])
