@@ -1,17 +1,20 @@
 """Model files: written whole or not at all, and checked before anything in them is used."""
 
+import hashlib
 import io
 import json
 import os
 import uuid
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.save_util import json_to_data, open_path
+
+#: Member of a model file with the SHA-256 of each other member.
+CHECKSUMS = "checksums.json"
 
 
 @contextmanager
@@ -33,6 +36,16 @@ def replace_when_written(target: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def add_checksums(path: Path) -> None:
+    """
+    Add the SHA-256 of each member to a model file, so that members of several files cannot be mixed.
+
+    :param path: The zip file
+    """
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(CHECKSUMS, json.dumps(_member_checksums(archive)))
+
+
 def check_model_file(path: str | Path | io.BufferedIOBase, policy_class: type, algorithm_name: str) -> None:
     """
     Check that a file is a whole model of an algorithm.
@@ -46,7 +59,7 @@ def check_model_file(path: str | Path | io.BufferedIOBase, policy_class: type, a
     file: Any = open_path(path, "r", suffix="zip")
     try:
         saved_class = _read_policy_class(file)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file makes zipfile, json and pickle raise almost anything
         raise ValueError(f"path must be a whole model file of {algorithm_name}, got {path}: {error}") from error
     finally:
         if isinstance(path, (str, Path)):
@@ -62,6 +75,13 @@ def _read_policy_class(file: io.BufferedIOBase) -> type:
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} is damaged")
+        if CHECKSUMS in archive.namelist() and json.loads(archive.read(CHECKSUMS)) != _member_checksums(archive):
+            raise ValueError("its members are not those that were saved together")
         data = json.loads(archive.read("data"))
     saved: type = json_to_data(json.dumps({"policy_class": data["policy_class"]}))["policy_class"]
     return saved
+
+
+def _member_checksums(archive: zipfile.ZipFile) -> dict[str, str]:
+    names = (name for name in archive.namelist() if name != CHECKSUMS)
+    return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in names}

@@ -33,9 +33,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
+from sb3_lecture_dqn.checkpoints import record_for_checkpoints
+from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.fast_acting import FastActing
 from sb3_lecture_dqn.fast_update import FastUpdate
-from sb3_lecture_dqn.files import check_model_file, replace_when_written
+from sb3_lecture_dqn.files import add_checksums, check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
@@ -47,6 +49,7 @@ from sb3_lecture_dqn.validation import (
     check_at_least,
     check_in_unit_interval,
     check_int_at_least,
+    check_observation_space,
     check_policy_class,
 )
 
@@ -139,7 +142,8 @@ class LectureDQN(OffPolicyAlgorithm):
     :param seed: Seed of every generator that the algorithm draws from
     :param device: PyTorch device; ``"auto"`` takes a GPU if there is one
     :param _init_setup_model: Whether to build the networks now
-    :raises ValueError: if a value is out of its range, or the policy is not one of this package
+    :raises ValueError: if a value is out of its range, the policy is not one of this package, or it cannot take the
+        observations
     :raises AssertionError: if the action space is not ``Discrete`` from 0
     """
 
@@ -195,6 +199,7 @@ class LectureDQN(OffPolicyAlgorithm):
             env = gymnasium.make(env)
         if env is not None:  # load() without an environment passes None
             check_action_space(env.action_space)
+            check_observation_space(env.observation_space)
         super().__init__(
             policy,
             env,
@@ -253,6 +258,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self._fast_update: FastUpdate | None = None
         self._fast_acting: FastActing | None = None
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
+        self._divergence_watch = DivergenceWatch()
         if self.n_envs > self.target_update_interval:
             warnings.warn(
                 f"The number of environments used is greater than target_update_interval ({self.n_envs} > "
@@ -266,9 +272,12 @@ class LectureDQN(OffPolicyAlgorithm):
         for name in ("gamma", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps"):
             check_in_unit_interval(name, getattr(self, name))
         check_int_at_least("gradient_steps", self.gradient_steps, -1)
+        check_int_at_least("stats_window_size", self._stats_window_size, 1)
+        self._stats_window_size = int(self._stats_window_size)  # numpy's integers are not enough for Python's deque
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
+            self.learning_rate = float(self.learning_rate)
         if self.max_grad_norm is not None:
             check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
         if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
@@ -481,8 +490,19 @@ class LectureDQN(OffPolicyAlgorithm):
         return th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
     def _record_training_metrics(self) -> None:
-        for name, mean in self._training_metrics.pop().items():
+        means = self._training_metrics.pop()
+        for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
+        self._divergence_watch.check(self, means)
+
+    def check_divergence(self) -> None:
+        """
+        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps.
+
+        :raises DivergenceError: if they are not
+        """
+        self._divergence_watch.check(self, {})
+        self._divergence_watch.check_parameters(self)
 
     def dump_logs(self) -> None:
         """Write the log, with the means of the training metrics since the last time."""
@@ -497,6 +517,7 @@ class LectureDQN(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        record_for_checkpoints(callback, self.env)
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -549,6 +570,7 @@ class LectureDQN(OffPolicyAlgorithm):
             target = target.with_name(f"{target.name}.zip")
         with replace_when_written(target) as unfinished:
             super().save(unfinished, exclude, include)
+            add_checksums(unfinished)
 
     @classmethod
     def load(
@@ -586,6 +608,7 @@ class LectureDQN(OffPolicyAlgorithm):
             "_fast_update",
             "_fast_acting",
             "_training_metrics",
+            "_divergence_watch",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -200,8 +200,15 @@ class LectureDQNPolicy(BasePolicy):
         A new Q network with an encoder of its own.
 
         :return: The network, on the policy's device
+        :raises ValueError: if the encoder cannot take the observations, for instance because the images are too small for it
         """
-        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        try:
+            net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        except (RuntimeError, AttributeError) as error:
+            encoder = self.features_extractor_class.__name__
+            raise ValueError(
+                f"env must have observations that {encoder} can take, got {self.observation_space}: {error}"
+            ) from error
         return QNetwork(**net_args).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:

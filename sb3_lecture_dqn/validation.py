@@ -84,6 +84,36 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
         raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {action_space}")
 
 
+def check_observation_space(observation_space: spaces.Space[Any]) -> None:
+    """
+    Check that the networks can take the observations: vectors, images, numbers from 0, or a dictionary of these.
+
+    :param observation_space: The environment's observation space
+    :raises ValueError: if it is anything else
+    """
+    parts = [observation_space]
+    if isinstance(observation_space, spaces.Dict):
+        parts = list(observation_space.spaces.values())
+    for part in parts:
+        if not _is_known_space(part):
+            raise ValueError(
+                "env must have an observation space that is a Box of at least one number, a Discrete or a one-dimensional "
+                f"MultiDiscrete that starts at 0, a MultiBinary, or a Dict of these, got {observation_space}"
+            )
+    if not parts:
+        raise ValueError(f"env must have an observation space with something in it, got {observation_space}")
+
+
+def _is_known_space(space: spaces.Space[Any]) -> bool:
+    if isinstance(space, spaces.Box):
+        return len(space.shape) > 0 and 0 not in space.shape
+    if isinstance(space, spaces.Discrete):
+        return int(space.start) == 0
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec.ndim == 1 and not space.start.any()
+    return isinstance(space, spaces.MultiBinary)
+
+
 def check_policy_class(policy: Any, aliases: Mapping[str, type], policy_class: type) -> None:
     """
     Check that a policy is one that the algorithm can train.

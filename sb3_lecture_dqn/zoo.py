@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import os
 import runpy
 import sys
@@ -25,6 +26,8 @@ from typing import Any
 import gymnasium
 import optuna
 
+from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
+from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
@@ -34,6 +37,12 @@ from sb3_lecture_dqn.tuning.studies import Runner, open_study
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
 SWITCH = "SB3_LECTURE_DQN_ZOO"
+#: Environment variable that names a folder for checkpoints, from which the same command, started again, continues.
+CHECKPOINTS = "SB3_LECTURE_DQN_CHECKPOINTS"
+#: Steps between two checkpoints where the zoo's ``--save-freq`` does not say it.
+DEFAULT_SAVE_FREQ = 10_000
+#: File in that folder with what the zoo would decide anew.
+RUN_FILE = "zoo_run.json"
 #: Keys of a hyperparameter entry that are the zoo's own (and, for a search, the number of seeds), not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -98,7 +107,8 @@ def extend_manager(exp_manager: ModuleType) -> None:
     Extend the zoo's manager for this algorithm, and for no other.
 
     This project's hyperparameter file becomes the default, and an unknown key in any file a clear error. A trial is scored
-    on several seeds, a study is never mixed with another's, and trials whose process died are taken up again.
+    on several seeds, a study is never mixed with another's, and trials whose process died are taken up again. A training
+    makes checkpoints where the environment variable :data:`CHECKPOINTS` names a folder for them.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
@@ -110,6 +120,7 @@ def extend_manager(exp_manager: ModuleType) -> None:
     manager.read_hyperparameters = _with_checked_keys(manager.read_hyperparameters)
     manager.objective = _on_several_seeds(manager.objective)
     manager.hyperparameters_optimization = _with_a_safe_study(manager.hyperparameters_optimization)
+    manager.create_callbacks = _with_checkpoints(manager.create_callbacks)
 
 
 EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
@@ -131,8 +142,43 @@ def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
         if arguments.arguments["algo"] == ALGORITHM and not arguments.arguments.get("config"):
             arguments.arguments["config"] = str(HYPERPARAMS_FILE)
         init(*arguments.args, **arguments.kwargs)
+        manager = arguments.args[0]
+        if _makes_checkpoints(manager):
+            _take_up_run(manager, Path(os.environ[CHECKPOINTS]))
 
     return init_with_our_config
+
+
+def _makes_checkpoints(manager: Any) -> bool:
+    return bool(os.environ.get(CHECKPOINTS)) and manager.algo == ALGORITHM and not manager.optimize_hyperparameters
+
+
+def _take_up_run(manager: Any, folder: Path) -> None:
+    """Give a run that was started again the folder and the seed of its first start."""
+    run_file = folder / RUN_FILE
+    env_id = manager.env_name.gym_id
+    if not run_file.exists():
+        run = {"env": env_id, "save_path": str(Path(manager.save_path).resolve()), "seed": manager.seed}
+        with replace_when_written(run_file) as unfinished:
+            unfinished.write_text(json.dumps(run))
+    run = json.loads(run_file.read_text())
+    if run["env"] != env_id:
+        raise ValueError(f"{CHECKPOINTS} must name a folder for {env_id}, got {folder} with a run of {run['env']}")
+    manager.seed = manager.args.seed = run["seed"]
+    manager.save_path = run["save_path"]
+    manager.params_path = f"{manager.save_path}/{manager.env_name}"
+
+
+def _with_checkpoints(create_callbacks: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(create_callbacks)
+    def create_callbacks_and_ours(manager: Any) -> None:
+        save_freq = manager.save_freq if manager.save_freq > 0 else DEFAULT_SAVE_FREQ
+        create_callbacks(manager)
+        if _makes_checkpoints(manager):
+            folder = os.environ[CHECKPOINTS]
+            manager.callbacks.append(ResumableCheckpointCallback(save_freq, folder, verbose=manager.verbose))
+
+    return create_callbacks_and_ours
 
 
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch as th
+from hypothesis import HealthCheck, settings
+
+_PROPERTIES = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("quick", max_examples=12, derandomize=True, **_PROPERTIES)  # type: ignore[arg-type]
+settings.register_profile("thorough", max_examples=400, **_PROPERTIES)  # type: ignore[arg-type]
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

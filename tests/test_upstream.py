@@ -3,14 +3,25 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import optuna
 import pytest
-from stable_baselines3.common import buffers, off_policy_algorithm, save_util
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common import buffers, env_util, off_policy_algorithm, save_util
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.checkpoints import SETTINGS
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
+from sb3_lecture_dqn.replay_buffer_files import stores_rows_as_sb3
+from sb3_lecture_dqn.training_state import ALGORITHM_STATE, LOGGER_STATE, NOT_A_CALLBACKS_OWN
 from sb3_lecture_dqn.tuning import storage
 
 ADVICE = "Stable-Baselines3 has changed: sb3_lecture_dqn/lecture_dqn.py must follow"
@@ -91,3 +102,93 @@ def test_a_running_trial_can_be_put_back_into_optunas_queue(tmp_path: Path, kind
     assert (again.number, again.suggest_float("x", 0, 1), again.user_attrs) == (0, value, {"key": 1}), OPTUNA_ADVICE
     study.tell(again, 1.0)
     assert study.best_value == 1.0, OPTUNA_ADVICE
+
+
+# What checkpoints rely on. A run that is continued is exact only if they know every attribute that training changes.
+
+CHECKPOINT_ADVICE = "checkpoints must follow: see sb3_lecture_dqn/training_state.py and replay_buffer_files.py"
+#: Attributes of a model that are neither saved nor compared: made again by the constructor, or saved in another way.
+MADE_AGAIN = {
+    "action_noise",
+    "batch_norm_stats",
+    "batch_norm_stats_target",
+    "device",
+    "env",
+    "exploration_schedule",
+    "lr_schedule",
+    "policy",
+    "q_net",
+    "q_net_target",
+    "random_generator",  # saved by its state
+    "replay_buffer",  # saved by its rows
+    "sde_sample_freq",
+    "start_time",  # saved as the time that has passed
+    "tensorboard_log",
+    "use_sde",
+    "use_sde_at_warmup",
+    "verbose",
+    "_custom_logger",
+    "_divergence_watch",
+    "_fast_acting",
+    "_fast_update",
+    "_logger",
+    "_stats_window_size",
+    "_vec_normalize_env",
+}
+
+
+def test_every_attribute_of_a_trained_model_is_known_to_checkpoints() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, batch_size=4).learn(30)
+    known = {*ALGORITHM_STATE, *SETTINGS, *MADE_AGAIN}
+    assert set(vars(model)) <= known, f"{set(vars(model)) - known} may be state: {CHECKPOINT_ADVICE}"
+    assert set(ALGORITHM_STATE) <= set(vars(model)), CHECKPOINT_ADVICE
+
+
+def test_collecting_begins_where_checkpoints_are_made() -> None:
+    collect = inspect.getsource(OffPolicyAlgorithm.collect_rollouts)
+    assert collect.index("callback.on_rollout_start()") < collect.index("env.step("), CHECKPOINT_ADVICE
+    learn = inspect.getsource(OffPolicyAlgorithm.learn)
+    loop = learn[learn.index("while self.num_timesteps < total_timesteps") :]
+    assert loop.index("self.collect_rollouts(") < loop.index("self.train("), CHECKPOINT_ADVICE
+
+
+@pytest.mark.parametrize(
+    "buffer_class",
+    [
+        buffers.ReplayBuffer,
+        buffers.NStepReplayBuffer,
+        buffers.DictReplayBuffer,
+        HerReplayBuffer,
+        ContiguousReplayBuffer,
+    ],
+)
+def test_checkpoints_know_everything_that_sb3s_buffers_remember(buffer_class: type[buffers.ReplayBuffer]) -> None:
+    env: Any = BitFlippingEnv(n_bits=2, continuous=False)
+    is_dictionary = issubclass(buffer_class, buffers.DictReplayBuffer)
+    space = env.observation_space if is_dictionary else env.observation_space["observation"]
+    kwargs = {"env": env} if buffer_class is HerReplayBuffer else {}
+    buffer = buffer_class(10, space, env.action_space, **kwargs)
+    assert stores_rows_as_sb3(buffer), f"{buffer_class.__name__} would be saved whole: {CHECKPOINT_ADVICE}"
+
+
+def test_callbacks_and_loggers_have_the_attributes_that_checkpoints_name() -> None:
+    class Callback(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+    assert {"locals", "globals", "parent"} <= set(vars(Callback())) & NOT_A_CALLBACKS_OWN, CHECKPOINT_ADVICE
+    assert set(LOGGER_STATE) <= set(vars(Logger(None, []))), CHECKPOINT_ADVICE
+    assert "results_writer" in vars(Monitor(gymnasium.make("CartPole-v1"))), CHECKPOINT_ADVICE
+
+
+def test_asking_whether_an_environment_is_wrapped_reaches_it() -> None:
+    asked = []
+
+    class Asks:
+        def __instancecheck__(self, env: Any) -> bool:
+            asked.append(env)
+            return True
+
+    env = Monitor(gymnasium.make("CartPole-v1"))
+    assert env_util.is_wrapped(env, Asks())  # type: ignore[arg-type]
+    assert asked == [env], "vec_env_state.insert_recorders must find another way into SubprocVecEnv"

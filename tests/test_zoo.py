@@ -1,5 +1,6 @@
 """rl_zoo3's commands with ``--algo lecture_dqn``, as users type them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+import torch as th
 import yaml
+from resuming import Interruption
 
-from sb3_lecture_dqn import LectureDQN, zoo
+from sb3_lecture_dqn import DivergenceError, LectureDQN, zoo
+from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
@@ -190,6 +195,67 @@ def test_three_optuna_trials_and_a_run_of_one_of_them(train_in_process: Any, tmp
     assert model.q_net.net_arch == [trials[2].params["width"]] * 2
 
 
+def test_the_same_command_started_again_continues(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--env", "CartPole-v1", "-n", "700", "--save-freq", "150", "--eval-freq", "200", "--eval-episodes", "2"]
+    command += ["--verbose", "0", "-params", "learning_starts:100", "train_freq:8", "gradient_steps:1", "normalize:True"]
+    on_step = LectureDQN._on_step
+
+    def interrupted_on_step(model: LectureDQN) -> None:
+        on_step(model)
+        if model.num_timesteps == 500:
+            raise Interruption
+
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(LectureDQN, "_on_step", interrupted_on_step)
+        with pytest.raises(Interruption):
+            train_in_process(*command)
+    train_in_process(*command)
+    seed = json.loads((tmp_path / "checkpoints" / zoo.RUN_FILE).read_text())["seed"]
+    monkeypatch.setenv(zoo.CHECKPOINTS, "other checkpoints")
+    train_in_process(*command, "--seed", str(seed), "-f", "reference")
+
+    continued, reference = (tmp_path / name / "lecture_dqn" for name in ("logs", "reference"))
+    assert [path.name for path in continued.iterdir()] == ["CartPole-v1_1"]  # no second folder
+    continued, reference = continued / "CartPole-v1_1", reference / "CartPole-v1_1"
+    for name in ("CartPole-v1.zip", "best_model.zip", "rl_model_450_steps.zip"):
+        a, b = (LectureDQN.load(folder / name).policy.state_dict() for folder in (continued, reference))
+        assert all(th.equal(a[key], b[key]) for key in a), name
+    a, b = (np.load(folder / "evaluations.npz") for folder in (continued, reference))
+    assert all(np.array_equal(a[key], b[key]) for key in a.files)
+    assert list(a["timesteps"]) == [200, 400, 600]
+    a, b = ((folder / "0.monitor.csv").read_text().splitlines()[1:] for folder in (continued, reference))
+    assert [line.split(",")[:2] for line in a] == [line.split(",")[:2] for line in b]
+
+
+def test_a_folder_of_checkpoints_belongs_to_one_environment(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process("--env", "CartPole-v1", "-n", "60", "--eval-freq", "-1", "--verbose", "0")
+    with pytest.raises(ValueError, match="must name a folder for Acrobot-v1, got checkpoints with a run of CartPole-v1"):
+        train_in_process("--env", "Acrobot-v1", "-n", "60", "--eval-freq", "-1", "--verbose", "0")
+
+
+def test_a_trial_that_diverges_is_pruned(train_in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[LectureDQN] = []
+
+    def let_the_first_diverge(watch: DivergenceWatch, model: LectureDQN, metrics: dict[str, float]) -> None:
+        models.append(model)
+        if model is models[0]:
+            raise DivergenceError("training has diverged")
+
+    monkeypatch.setattr(DivergenceWatch, "check", let_the_first_diverge)
+    study = ["--storage", "study.log", "--study-name", "lander", "--env", "CartPole-v1", "--seed", "0"]
+    search = ["-optimize", "--n-trials", "2", "-n", "300", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    train_in_process(*study, *search)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("study.log"))
+    trials = optuna.load_study(study_name="lander", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["PRUNED", "COMPLETE"]
+
+
 def test_load_from_hub_lays_a_models_files_out_for_enjoy(
     trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +361,7 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
         "read_hyperparameters": [],
         "objective": ["trial"],
         "hyperparameters_optimization": [],
+        "create_callbacks": [],
         "load_trial": ["storage", "study_name", "trial_id", "convert"],
         "_create_sampler": ["sampler_method"],
         "_create_pruner": ["pruner_method"],
@@ -302,3 +369,6 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
         function = getattr(exp_manager.ExperimentManager, method)
         assert list(inspect.signature(function).parameters) == ["self", *parameters], f"{advice} ({method})"
     assert "self.seed" in inspect.getsource(exp_manager.ExperimentManager.create_envs), f"{advice} (the environments' seed)"
+    created = inspect.getsource(exp_manager.ExperimentManager)
+    for attribute in ("save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"):
+        assert f"self.{attribute} = " in created or f"self.{attribute}: " in created, advice

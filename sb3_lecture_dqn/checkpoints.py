@@ -1,0 +1,270 @@
+"""
+Checkpoints from which a killed run goes on as if nothing had happened.
+
+SB3's loop is in one place where everything it knows lies in objects and nothing in local variables: when it begins to collect.
+There, the callback below saves; and there, in a run that was started again, it brings everything back, so that the loop goes
+on exactly where it was.
+"""
+
+import pickle
+import platform
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_lecture_dqn.checkpoint_files import (
+    Checkpoint,
+    Writer,
+    delete_leftovers,
+    keep_last,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
+from sb3_lecture_dqn.training_state import (
+    PARAMETERS_FILE,
+    STATE_FILE,
+    TrainingState,
+    dump_state,
+    restore_parameters,
+    take_parameters,
+)
+from sb3_lecture_dqn.validation import check_int_at_least
+from sb3_lecture_dqn.vec_env_state import insert_recorders
+
+REPLAY_BUFFER_FILE = "replay_buffer.pkl"
+#: What has to be the same in the run that goes on; otherwise it would be another run.
+SETTINGS = (
+    "learning_rate",
+    "buffer_size",
+    "learning_starts",
+    "batch_size",
+    "tau",
+    "gamma",
+    "train_freq",
+    "gradient_steps",
+    "replay_buffer_class",
+    "replay_buffer_kwargs",
+    "optimize_memory_usage",
+    "n_steps",
+    "target_update_interval",
+    "exploration_fraction",
+    "exploration_initial_eps",
+    "exploration_final_eps",
+    "max_grad_norm",
+    "policy_class",
+    "policy_kwargs",
+    "seed",
+    "n_envs",
+    "observation_space",
+    "action_space",
+)
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Saves the whole run every ``save_freq`` steps; and continues it, when the same program is started again.
+
+    ::
+
+        model = LectureDQN("MlpPolicy", "LunarLander-v2", seed=0)
+        model.learn(100_000, callback=ResumableCheckpointCallback(10_000, "runs/lander"))
+
+    Killed at any moment and started again, these two lines load the newest whole checkpoint of ``runs/lander`` and end with
+    the parameters, the optimizer, the replay buffer, the evaluations and the logged values (times apart) that the run would
+    have ended with, bit for bit, on the same machine and versions. What that covers, and what it cannot, is in
+    ``docs/resume.md``.
+
+    Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
+    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay.
+
+    Loading a checkpoint unpickles: use only folders that you trust.
+
+    :param save_freq: Number of steps, over all environments together, between two checkpoints, at least 1
+    :param folder: Where the checkpoints are; one for each run
+    :param keep_last: How many checkpoints are kept, at least 1
+    :param verbose: 0 for no output, 1 for a line at each checkpoint
+    :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
+        settings, another number of steps) or nothing but damaged checkpoints, or this callback is within another one
+    """
+
+    #: Attributes that the resumed run has of its own.
+    not_in_checkpoints: ClassVar[frozenset[str]] = frozenset(
+        {"save_freq", "folder", "keep_last", "_state", "_replay_buffer_files"}
+    )
+
+    def __init__(self, save_freq: int, folder: str | Path, keep_last: int = 3, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        check_int_at_least("save_freq", save_freq, 1)
+        check_int_at_least("keep_last", keep_last, 1)
+        self.save_freq = save_freq
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self._saved_at = 0
+        self._state: TrainingState | None = None
+        self._replay_buffer_files = ReplayBufferFiles()
+
+    def _on_training_start(self) -> None:
+        if self._state is not None:
+            raise ValueError("callback must be a new ResumableCheckpointCallback, with a folder of its own, for each learn()")
+
+    def _on_rollout_start(self) -> None:
+        if self._state is None:
+            self._state = TrainingState(self.model, self.locals["callback"])
+            checkpoint = newest_checkpoint(self.folder)
+            if checkpoint is not None:
+                self._resume(checkpoint, self._state)
+                return
+            self._save(self._state)
+        elif self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq:
+            self._save(self._state)
+
+    def _on_step(self) -> bool:
+        if self._state is None:
+            raise ValueError("callback must have ResumableCheckpointCallback in its list, not within another callback")
+        return True
+
+    # Saving
+
+    def _save(self, state: TrainingState) -> None:
+        model: Any = self.model
+        model.check_divergence()  # what has diverged must not push out the last good checkpoint
+        self._saved_at = model.num_timesteps
+        try:
+            path = self._write(state)
+        except OSError as error:
+            warnings.warn(
+                f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
+                f"are in {self.folder} stay",
+                stacklevel=2,
+            )
+            self._replay_buffer_files.undo()
+            delete_leftovers(self.folder)
+            return
+        keep_last(self.folder, self.keep_last)
+        if self.verbose >= 1:
+            print(f"Saved {path}")
+
+    def _write(self, state: TrainingState) -> Path:
+        model: Any = self.model
+        replay_buffer = model.replay_buffer
+        parameters = take_parameters(model)
+        run: dict[str, Any] = {"run": state.take()}
+        writers: dict[str, Writer] = {}
+        row_files = []
+        if stores_rows_as_sb3(replay_buffer):
+            row_files = self._replay_buffer_files.write_new_rows(self.folder, replay_buffer, model.num_timesteps)
+            run["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
+        else:
+            writers[REPLAY_BUFFER_FILE] = lambda file: pickle.dump(replay_buffer, file, pickle.HIGHEST_PROTOCOL)
+        pickled = dump_state(run)
+        writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
+        writers[STATE_FILE] = lambda file: _write_all(file, pickled)
+        facts = {"settings": self._settings(), "versions": _versions()}
+        return write_checkpoint(self.folder, model.num_timesteps, writers, row_files, facts).path
+
+    def _settings(self) -> dict[str, str]:
+        settings = {name: _shown(getattr(self.model, name)) for name in SETTINGS}
+        return {**settings, "total_timesteps": str(self.model._total_timesteps)}
+
+    # Resuming
+
+    def _resume(self, checkpoint: Checkpoint, state: TrainingState) -> None:
+        self._check_same_run(checkpoint)
+        model: Any = self.model
+        saved = pickle.loads(checkpoint.file(STATE_FILE).read_bytes())
+        restore_parameters(model, checkpoint.file(PARAMETERS_FILE))
+        if "replay_buffer" in saved:
+            self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], model.replay_buffer)
+        else:
+            loaded = pickle.loads(checkpoint.file(REPLAY_BUFFER_FILE).read_bytes())
+            vars(model.replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
+        reasons = state.restore(saved["run"])
+        for reason in filter(None, reasons[1:]):
+            warnings.warn(f"an environment of a callback could not be brought back ({reason})", stacklevel=2)
+        if reasons[0] is not None:
+            self._start_new_episodes(reasons[0])
+        if self.verbose >= 1:
+            print(f"Continuing from {checkpoint.path}")
+
+    def _start_new_episodes(self, reason: str) -> None:
+        warnings.warn(
+            f"the environment is not reproducible ({reason}): the run goes on with new episodes, and is not the one that it "
+            "would have been",
+            stacklevel=2,
+        )
+        model: Any = self.model
+        model._last_obs = model.env.reset()
+        model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
+        if model.get_vec_normalize_env() is not None:
+            model._last_original_obs = model.get_vec_normalize_env().get_original_obs()
+        mark_last_rows_as_ends(model.replay_buffer)
+        self._replay_buffer_files.forget()
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        settings = self._settings()
+        for name, saved in checkpoint.facts["settings"].items():
+            if settings[name] != saved:
+                raise ValueError(
+                    f"{name} must be {saved}, with which the run in {self.folder} was started, got {settings[name]}; another "
+                    "run needs another folder"
+                )
+        for name, saved in checkpoint.facts["versions"].items():
+            if _versions()[name] != saved:
+                warnings.warn(
+                    f"the checkpoint was made with {name} {saved} and this is {_versions()[name]}: the run goes on, but it "
+                    "may differ from the one that it would have been",
+                    stacklevel=2,
+                )
+
+
+def record_for_checkpoints(callback: MaybeCallback, vec_env: VecEnv | None) -> None:
+    """
+    Have the environments recorded from their first reset on, if a callback makes checkpoints.
+
+    :param callback: What ``learn`` was given
+    :param vec_env: The training environment, before that reset
+    """
+    if vec_env is not None and _makes_checkpoints(callback):
+        insert_recorders(vec_env)
+
+
+def _makes_checkpoints(callback: Any) -> bool:
+    if isinstance(callback, ResumableCheckpointCallback):
+        return True
+    children = vars(callback).values() if isinstance(callback, BaseCallback) else [callback]
+    lists = (child for child in children if isinstance(child, list))
+    return any(_makes_checkpoints(child) for children in lists for child in children)
+
+
+def _write_all(file: Any, content: bytes) -> None:
+    file.write(content)
+
+
+def _shown(value: Any) -> str:
+    """A setting in words that are the same in every process."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_shown(item)}" for name, item in sorted(value.items())) + "}"
+    if isinstance(value, Iterable) and not isinstance(value, (str, gymnasium.Space)):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    shown = repr(value)
+    return type(value).__name__ if " at 0x" in shown else shown
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "Python": platform.python_version(),
+        "PyTorch": th.__version__,
+        "numpy": np.__version__,
+        "Gymnasium": gymnasium.__version__,
+        "Stable-Baselines3": stable_baselines3.__version__,
+    }

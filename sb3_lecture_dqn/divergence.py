@@ -1,0 +1,138 @@
+"""
+Noticing that training has diverged, and saying what, where and since when.
+
+The training metrics are read from the device every ``metrics_interval`` gradient steps anyway; only these few numbers, and the
+transitions that are new, are looked at. The rest is searched once something is wrong.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+
+#: Q explodes when it is this many times what the rewards allow, max |r| / (1 − γ).
+EXPLOSION_FACTOR = 100.0
+#: Stands for 1 / (1 − γ) where γ is 1, or nearly.
+LONGEST_HORIZON = 100_000.0
+
+_OBSERVATION_CAUSES = "a division by zero or an unbounded state in the environment; wrap it in SB3's VecCheckNan to see which"
+_REWARD_CAUSES = "a division by zero or a logarithm of zero in the reward"
+_LOSS_CAUSES = (
+    "a learning_rate too high, rewards too large (VecNormalize scales them), or a target network that follows too fast "
+    "(target_update_interval, tau)"
+)
+
+
+class DivergenceError(ValueError):
+    """
+    Training has diverged: going on would be a waste.
+
+    It is a ``ValueError`` because rl_zoo3 prunes a trial that raises one.
+    """
+
+
+class DivergenceWatch:
+    """Looks at what training gives anyway, and raises :class:`DivergenceError` when that cannot be right."""
+
+    def __init__(self) -> None:
+        self._last_pos = self._last_num_timesteps = 0
+        self._largest_reward = 1.0
+
+    def check(self, model: Any, metrics: Mapping[str, float]) -> None:
+        """
+        Check what is new since the last call.
+
+        :param model: The model
+        :param metrics: The means of the training metrics since the last call, which may be none
+        :raises DivergenceError: if a number is not finite, or Q is beyond what the rewards allow
+        """
+        self._check_new_transitions(model)
+        for name, mean in metrics.items():
+            if not math.isfinite(mean):
+                raise DivergenceError(_explain_metric(model, name, mean))
+        if metrics:
+            self._check_size(model, metrics)
+
+    def check_parameters(self, model: Any) -> None:
+        """
+        Check θ and ψ.
+
+        :param model: The model
+        :raises DivergenceError: if one of them is not finite
+        """
+        for name, parameter in model.policy.state_dict().items():
+            if parameter.is_floating_point() and not bool(th.isfinite(parameter).all()):
+                raise DivergenceError(
+                    f"training has diverged: the parameter {name} is not finite at step {model.num_timesteps}, after "
+                    f"{model._n_updates} gradient steps; the usual cause is {_LOSS_CAUSES}"
+                )
+
+    def _check_new_transitions(self, model: Any) -> None:
+        replay_buffer = model.__dict__.get("replay_buffer")
+        if not isinstance(replay_buffer, ReplayBuffer):
+            return
+        size, pos = replay_buffer.buffer_size, replay_buffer.pos
+        rows_added = (model.num_timesteps - self._last_num_timesteps) // replay_buffer.n_envs
+        is_all_new = rows_added < 0 or rows_added >= size or self._last_pos >= size
+        n_new = replay_buffer.size() if is_all_new else (pos - self._last_pos) % size
+        self._last_pos, self._last_num_timesteps = pos, model.num_timesteps
+        if n_new == 0:
+            return
+        rows = np.arange(pos - n_new, pos) % size
+        for name, array_name, causes in (
+            ("rewards", "rewards", _REWARD_CAUSES),
+            ("observations", "next_observations", _OBSERVATION_CAUSES),
+            ("observations", "observations", _OBSERVATION_CAUSES),
+        ):
+            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows)
+            if first_bad is not None:
+                step = model.num_timesteps - (n_new - first_bad - 1) * replay_buffer.n_envs
+                raise DivergenceError(
+                    f"training has diverged: {name} of the environment are not finite since step {step}; the usual cause is "
+                    f"{causes}"
+                )
+
+    def _check_size(self, model: Any, metrics: Mapping[str, float]) -> None:
+        seen = max(abs(metrics["q_values"]), abs(metrics["td_target"]), math.sqrt(max(metrics["loss"], 0.0)))
+        horizon = min(1 / max(1 - model.gamma, 1e-12), LONGEST_HORIZON)
+        if seen <= EXPLOSION_FACTOR * self._largest_reward * horizon:
+            return
+        self._largest_reward = max(self._largest_reward, _largest_reward(model))
+        allowed = self._largest_reward * horizon
+        if seen > EXPLOSION_FACTOR * allowed:
+            raise DivergenceError(
+                f"training has diverged: Q explodes, its size is {seen:.3g} at step {model.num_timesteps} (gradient step "
+                f"{model._n_updates}) where the rewards allow {allowed:.3g}; the usual cause is {_LOSS_CAUSES}"
+            )
+
+
+def _explain_metric(model: Any, name: str, mean: float) -> str:
+    since = max(model._n_updates - model.metrics_interval, 0)
+    return (
+        f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between {since} "
+        f"and {model._n_updates}; rewards and observations are finite, so the usual cause is {_LOSS_CAUSES}"
+    )
+
+
+def _first_row_not_finite(arrays: Any, rows: np.ndarray) -> int | None:
+    """Index in ``rows`` of the first that holds a number that is not finite."""
+    found = []
+    for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
+        if array is None or not np.issubdtype(array.dtype, np.floating):
+            continue
+        values = array[rows]
+        if not np.isfinite(values).all():
+            found.append(int(np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(axis=1))[0]))
+    return min(found, default=None)
+
+
+def _largest_reward(model: Any) -> float:
+    """The largest absolute reward that the update may see."""
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None and vec_normalize.norm_reward:
+        return float(vec_normalize.clip_reward)
+    replay_buffer = model.replay_buffer
+    return float(np.abs(replay_buffer.rewards[: replay_buffer.size()]).max(initial=0.0))

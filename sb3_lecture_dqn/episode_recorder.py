@@ -1,0 +1,267 @@
+"""
+Bringing an environment back into the middle of its episode.
+
+Where everything that an environment and its wrappers remember can be pickled, that is its state. Where it cannot (a physics
+engine), the recorder keeps what there was before the episode's reset and the actions since, and replays them; the last
+observation tells whether the environment is where it was.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from sb3_lecture_dqn.live_objects import LiveObjects
+from sb3_lecture_dqn.random_state import random_state, restore_random_state
+
+#: Attributes of an environment that belong to the process and not to the episode.
+_NOT_STATE = frozenset({"env", "results_writer"})
+
+
+class EnvState(NamedTuple):
+    """
+    The state of one environment.
+
+    :param attributes: Pickle of the attributes that can be pickled, now or (for a replay) before the episode's reset
+    :param outer_attributes: Pickle of those of the wrapper around the recorder, now
+    :param logs: For each ``Monitor`` the content of its file
+    :param random_state: State of the process's generators, of a process that has no other use for them
+    :param replay: The episode so far, or ``None`` where the attributes are all
+    :param reason: Why the environment cannot be brought back, or ``None``
+    """
+
+    attributes: bytes
+    outer_attributes: bytes
+    logs: list[bytes | None]
+    random_state: dict[str, Any] | None
+    replay: "Episode | None"
+    reason: str | None
+
+
+class Episode(NamedTuple):
+    """An episode so far: the arguments of its reset, its actions and the last observation."""
+
+    reset_kwargs: dict[str, Any]
+    actions: list[Any]
+    last_observation: Any
+
+
+class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """
+    Passes everything on, and remembers what it takes to bring the environment back.
+
+    It is put below the outermost wrapper (SB3's ``Monitor``, as a rule) by :class:`InsertRecorder`.
+
+    :param env: The environment
+    :param outer: The wrapper around this one, if any
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], outer: gymnasium.Env[Any, Any] | None = None) -> None:
+        super().__init__(env)
+        self._outer = outer
+        self._needs_replay: bool | None = None  # known after the first reset
+        self._cannot_pickle: list[Any] = []
+        self._before_reset: bytes | None = None
+        self._reset_kwargs: dict[str, Any] = {}
+        self._actions: list[Any] = []
+        self._last_observation: Any = None
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """
+        Start an episode, and its record.
+
+        :param kwargs: As the environment takes them
+        :return: As the environment gives them
+        """
+        if self._needs_replay is not False:
+            self._before_reset, _ = self._attributes()
+            self._reset_kwargs, self._actions = kwargs, []
+        observation, info = self.env.reset(**kwargs)
+        if self._needs_replay is None:
+            self._needs_replay = bool(self._attributes()[1])
+        self._last_observation = observation
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """
+        Step, and record the action.
+
+        :param action: As the environment takes it
+        :return: As the environment gives it
+        """
+        result = self.env.step(action)
+        if self._needs_replay:
+            self._actions.append(action)
+            self._last_observation = result[0]
+        return result
+
+    def take_checkpoint_state(self) -> EnvState:
+        """
+        The state of the environment.
+
+        :return: Something that can be pickled
+        """
+        attributes, left_out = self._attributes()
+        reason, replay = None, None
+        if left_out:
+            if self._needs_replay and self._before_reset is not None:
+                attributes = self._before_reset
+                replay = Episode(self._reset_kwargs, self._actions, self._last_observation)
+            elif self._needs_replay is False:
+                reason = f"{', '.join(left_out)} can no longer be pickled"
+                self._needs_replay, self._before_reset = True, None  # from the next reset on
+            elif any(getattr(layer, "_has_reset", False) for layer in self._layers()):  # Gymnasium's OrderEnforcing knows
+                reason = "its episode began before it was recorded"
+        outer = [] if self._outer is None else [self._outer]
+        outer_attributes, _ = self._live_objects().dumps_attributes({"outer": _state_of(outer[0])} if outer else {})
+        logs = [read_log(layer) for layer in (*outer, *self._layers())]
+        own_random_state = random_state() if multiprocessing.parent_process() is not None else None
+        return EnvState(attributes, outer_attributes, logs, own_random_state, replay, reason)
+
+    def restore_checkpoint_state(self, state: EnvState) -> str | None:
+        """
+        Bring the environment back.
+
+        :param state: What :meth:`take_checkpoint_state` gave
+        :return: ``None``, or why the environment is not where it was and has to be reset
+        """
+        live = self._live_objects()
+        reason = state.reason
+        self._set_attributes(live.loads(state.attributes))
+        if state.replay is not None:
+            self._needs_replay, self._before_reset = True, state.attributes
+            reason = self._replay(state.replay)
+        if self._outer is not None:
+            vars(self._outer).update(live.loads(state.outer_attributes).get("outer", {}))
+        layers = [*([] if self._outer is None else [self._outer]), *self._layers()]
+        for layer, content in zip(layers, state.logs, strict=True):
+            write_log(layer, content)
+        if state.random_state is not None and multiprocessing.parent_process() is not None:
+            restore_random_state(state.random_state)
+        return reason
+
+    def _replay(self, episode: Episode) -> str | None:
+        self._reset_kwargs, self._actions = episode.reset_kwargs, list(episode.actions)
+        try:
+            observation, _ = self.env.reset(**episode.reset_kwargs)
+            for action in episode.actions:
+                observation = self.env.step(action)[0]
+        except Exception as error:  # the environment's own: it is not reproducible, whatever it is
+            return f"replaying its episode failed with {type(error).__name__}: {error}"
+        self._last_observation = observation
+        if not _same(observation, episode.last_observation):
+            return f"the same {len(episode.actions)} actions led to another observation"
+        return None
+
+    # What the environment remembers
+
+    def _layers(self) -> Iterator[gymnasium.Env[Any, Any]]:
+        layer = self.env
+        while isinstance(layer, gymnasium.Wrapper):
+            yield layer
+            layer = layer.env
+        yield layer
+
+    def _live_objects(self) -> LiveObjects:
+        live = LiveObjects()
+        live.add("recorder", self)
+        if self._outer is not None:
+            live.add("outer", self._outer)
+            live.add_spaces("outer", self._outer)
+        for index, layer in enumerate(self._layers()):
+            live.add(f"layer_{index}", layer)
+            live.add_spaces(f"layer_{index}", layer)
+        return live
+
+    def _attributes(self) -> tuple[bytes, list[str]]:
+        """The pickled attributes, and the names of those that cannot be pickled."""
+        live = self._live_objects()
+        attributes: dict[Any, Any] = {("space", name): vars(space) for name, space in live.spaces()}
+        for index, layer in enumerate(self._layers()):
+            attributes.update({(index, name): value for name, value in _state_of(layer).items()})
+            if layer is layer.unwrapped and _has_emulator_state(layer):
+                attributes[index, "emulator"] = layer.clone_state(include_rng=True)  # type: ignore[attr-defined]
+                attributes.pop((index, "ale"))
+        for key in self._cannot_pickle:  # finding out takes longer than pickling the rest
+            attributes.pop(key, None)
+        data, left_out = live.dumps_attributes(attributes)
+        self._cannot_pickle += left_out
+        return data, [str(key[1]) for key in self._cannot_pickle]
+
+    def _set_attributes(self, attributes: dict[Any, Any]) -> None:
+        live = self._live_objects()
+        spaces = dict(live.spaces())
+        layers = list(self._layers())
+        for (owner, name), value in attributes.items():
+            if owner == "space":
+                vars(spaces[name]).update(value)
+            elif name == "emulator":
+                layers[owner].restore_state(value)
+            else:
+                vars(layers[owner])[name] = value
+
+
+class InsertRecorder:
+    """
+    Puts an :class:`EpisodeRecorder` into the sub-environments of a ``VecEnv``, in whatever process they are.
+
+    It stands for a class in ``VecEnv.env_is_wrapped``: there SB3 asks ``isinstance(env, wrapper_class)`` beside the
+    environment, also in ``SubprocVecEnv``'s workers, and Python passes that question on to ``__instancecheck__``.
+    """
+
+    def __instancecheck__(self, env: Any) -> bool:
+        if isinstance(env, gymnasium.Wrapper) and not isinstance(env.env, EpisodeRecorder):
+            env.env = EpisodeRecorder(env.env, env)
+        return isinstance(env, gymnasium.Wrapper)
+
+
+def read_log(owner: Any) -> bytes | None:
+    """
+    The content of the file that a ``Monitor`` or a ``VecMonitor`` writes.
+
+    :param owner: Any object
+    :return: The content, or ``None`` for anything else, or one without a file
+    """
+    writer = getattr(owner, "results_writer", None)
+    return None if writer is None else Path(writer.file_handler.name).read_bytes()
+
+
+def write_log(owner: Any, content: bytes | None) -> None:
+    """
+    Make the file of a ``Monitor`` or a ``VecMonitor`` hold what it held.
+
+    :param owner: The object
+    :param content: What :func:`read_log` gave
+    """
+    writer = getattr(owner, "results_writer", None)
+    if writer is not None and content is not None:
+        writer.file_handler.seek(0)
+        writer.file_handler.truncate()
+        writer.file_handler.write(content.decode())
+        writer.file_handler.flush()
+
+
+def _state_of(layer: Any) -> dict[str, Any]:
+    """Its attributes, without those of the process and without pygame's windows."""
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name not in _NOT_STATE and not type(value).__module__.startswith("pygame")
+    }
+
+
+def _has_emulator_state(env: gymnasium.Env[Any, Any]) -> bool:
+    """Whether it is an Atari game, whose emulator gives its state in a way of its own."""
+    return all(hasattr(env.unwrapped, name) for name in ("ale", "clone_state", "restore_state"))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two observations have the same bits."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -1,0 +1,262 @@
+"""
+The state of a training run beside its replay buffer: the algorithm, its networks, callbacks, environments, log and generators.
+
+Everything here that is private to Stable-Baselines3 is named in the constants below, and ``tests/test_upstream.py`` says when
+one of them goes.
+"""
+
+import inspect
+import io
+import pickle
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_lecture_dqn.live_objects import LiveObjects
+from sb3_lecture_dqn.random_state import random_state, restore_random_state
+from sb3_lecture_dqn.vec_env_state import (
+    insert_recorders,
+    restore_vec_env_state,
+    single_envs,
+    take_vec_env_state,
+    vec_env_layers,
+)
+
+#: Attributes of the algorithm that training changes.
+ALGORITHM_STATE = (
+    "num_timesteps",
+    "seed",
+    "exploration_rate",
+    "ep_info_buffer",
+    "ep_success_buffer",
+    "_total_timesteps",
+    "_num_timesteps_at_start",
+    "_last_obs",
+    "_last_episode_starts",
+    "_last_original_obs",
+    "_episode_num",
+    "_current_progress_remaining",
+    "_n_updates",
+    "_n_calls",
+    "_training_metrics",
+)
+#: Attributes of a callback that are not its own.
+NOT_A_CALLBACKS_OWN = frozenset({"model", "parent", "locals", "globals"})
+#: Attributes of the logger: the values that were recorded and not yet written.
+LOGGER_STATE = ("name_to_value", "name_to_count", "name_to_excluded")
+
+PARAMETERS_FILE = "parameters.pt"
+STATE_FILE = "state.pkl"
+
+
+class TrainingState:
+    """
+    Takes and restores the state of a run.
+
+    :param model: The model that is trained
+    :param callback: The run's callback; those within it are found from there
+    """
+
+    def __init__(self, model: Any, callback: BaseCallback) -> None:
+        self._model = model
+        self._callbacks = dict(_callback_tree("callback", callback, set()))
+        self._vec_envs = self._find_vec_envs()
+        for vec_env in self._vec_envs:
+            insert_recorders(vec_env)
+
+    def take(self) -> dict[str, Any]:
+        """
+        The state, without the networks and the replay buffer.
+
+        :return: Something that can be pickled
+        """
+        model, live = self._model, self._live_objects()
+        algorithm = live.dumps({name: getattr(model, name) for name in ALGORITHM_STATE})
+        callbacks, left_out = {}, []
+        for name, callback in self._callbacks.items():
+            callbacks[name], attributes = live.dumps_attributes(_own_attributes(callback))
+            left_out += [f"{type(callback).__name__}.{attribute}" for attribute in attributes]
+        if left_out:
+            warnings.warn(f"a checkpoint cannot keep {', '.join(left_out)}, which cannot be pickled", stacklevel=2)
+        return {
+            "algorithm": algorithm,
+            "generator": model.random_generator.bit_generator.state,
+            "spaces": {name: live.dumps(vars(space)) for name, space in live.spaces()},
+            "callbacks": callbacks,
+            "vec_envs": [take_vec_env_state(vec_env, live) for vec_env in self._vec_envs],
+            "logger": live.dumps({name: dict(getattr(model.logger, name)) for name in LOGGER_STATE}),
+            "logs": [_take_log(log) for log in model.logger.output_formats],
+            "seconds": (time.time_ns() - model.start_time) / 1e9,
+            "random": random_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> list[str | None]:
+        """
+        Bring the run back, but for the networks and the replay buffer.
+
+        :param state: What :meth:`take` gave
+        :return: For the training environment, then for those of the callbacks: why it is not where it was, or ``None``
+        :raises ValueError: if the run has other callbacks or environments
+        """
+        model, live = self._model, self._live_objects()
+        if state["callbacks"].keys() != self._callbacks.keys() or len(state["vec_envs"]) != len(self._vec_envs):
+            raise ValueError("callback must hold the same callbacks as in the run that is continued")
+        vars(model).update(live.loads(state["algorithm"]))
+        model.random_generator.bit_generator.state = state["generator"]
+        model.start_time = time.time_ns() - int(state["seconds"] * 1e9)
+        for name, callback in self._callbacks.items():
+            vars(callback).update(live.loads(state["callbacks"][name]))
+        spaces = dict(live.spaces())
+        for name, attributes in state["spaces"].items():
+            vars(spaces[name]).update(live.loads(attributes))
+        for name, values in live.loads(state["logger"]).items():
+            mapping = getattr(model.logger, name)
+            mapping.clear()
+            mapping.update(values)
+        self._restore_logs(state["logs"])
+        reasons = [
+            restore_vec_env_state(vec_env, vec_env_state, live)
+            for vec_env, vec_env_state in zip(self._vec_envs, state["vec_envs"], strict=True)
+        ]
+        restore_random_state(state["random"])
+        return reasons
+
+    def _restore_logs(self, states: list[dict[str, Any]]) -> None:
+        logger = self._model.logger
+        if [type(log).__name__ for log in logger.output_formats] != [state["type"] for state in states]:
+            return  # the user logs elsewhere now
+        for log, state in zip(logger.output_formats, states, strict=True):
+            _restore_log(log, state, self._model.num_timesteps)
+            if "folder" in state:
+                logger.dir = state["folder"]
+
+    def _find_vec_envs(self) -> list[VecEnv]:
+        """The training environment, and those of the callbacks."""
+        found = [self._model.get_env()]
+        for callback in self._callbacks.values():
+            found += [value for value in vars(callback).values() if isinstance(value, VecEnv)]
+        by_base = {id(vec_env.unwrapped): vec_env for vec_env in reversed(found)}
+        return [vec_env for vec_env in dict.fromkeys(found) if by_base[id(vec_env.unwrapped)] is vec_env]
+
+    def _live_objects(self) -> LiveObjects:
+        live, model = LiveObjects(), self._model
+        for name in ("policy", "q_net", "q_net_target", "logger", "replay_buffer", "observation_space", "action_space"):
+            live.add(name, getattr(model, name))
+        live.add("model", model)
+        live.add("optimizer", model.policy.optimizer)
+        for name, callback in self._callbacks.items():
+            live.add(name, callback)
+        for index, vec_env in enumerate(self._vec_envs):
+            for depth, layer in enumerate(vec_env_layers(vec_env)):
+                live.add(f"vec_env_{index}_{depth}", layer)
+                live.add_spaces(f"vec_env_{index}_{depth}", layer)
+            for number, env in enumerate(single_envs(vec_env)):
+                live.add(f"env_{index}_{number}", env)
+        return live
+
+
+def take_parameters(model: Any) -> bytes:
+    """
+    θ, ψ and the state of the optimizer.
+
+    :param model: The model
+    :return: A file of PyTorch's
+    """
+    file = io.BytesIO()
+    th.save({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}, file)
+    return file.getvalue()
+
+
+def restore_parameters(model: Any, path: Path) -> None:
+    """
+    Bring θ, ψ and the optimizer back.
+
+    :param model: The model
+    :param path: A file with what :func:`take_parameters` gave
+    """
+    saved = th.load(path, map_location=model.device, weights_only=True)
+    model.policy.load_state_dict(saved["policy"])
+    model.policy.optimizer.load_state_dict(saved["optimizer"])
+
+
+def dump_state(state: dict[str, Any]) -> bytes:
+    """
+    Pickle what :meth:`TrainingState.take` gave.
+
+    :param state: The state
+    :return: The pickle
+    """
+    return pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterator[tuple[str, BaseCallback]]:
+    """A callback and those within it, each named by the way to it."""
+    if id(callback) in seen:
+        return
+    seen.add(id(callback))
+    yield f"{name}:{type(callback).__name__}", callback
+    for attribute, value in vars(callback).items():
+        if attribute in NOT_A_CALLBACKS_OWN:
+            continue
+        for index, child in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(child, BaseCallback):
+                yield from _callback_tree(f"{name}.{attribute}[{index}]", child, seen)
+
+
+def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
+    """A callback's state. The paths that it was made with are not: a run may be continued in another place."""
+    excluded = NOT_A_CALLBACKS_OWN | getattr(callback, "not_in_checkpoints", frozenset())
+    arguments = inspect.signature(type(callback)).parameters
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in excluded and not (name in arguments and isinstance(value, (str, Path)))
+    }
+
+
+def _take_log(log: Any) -> dict[str, Any]:
+    """What a log has written: the content of its file, or the folder of TensorBoard's."""
+    state: dict[str, Any] = {"type": type(log).__name__}
+    if isinstance(log, TensorBoardOutputFormat):
+        state["folder"] = log.writer.log_dir
+    elif _has_own_file(log):
+        state["content"] = Path(log.file.name).read_bytes()
+        state["keys"] = list(getattr(log, "keys", []))
+    return state
+
+
+def _restore_log(log: Any, state: dict[str, Any], num_timesteps: int) -> None:
+    if isinstance(log, TensorBoardOutputFormat):
+        _continue_tensorboard(log, state["folder"], num_timesteps)
+    elif "content" in state and _has_own_file(log):
+        log.file.seek(0)
+        log.file.truncate()
+        log.file.write(state["content"].decode())
+        log.file.flush()
+        if isinstance(log, CSVOutputFormat):
+            log.keys = state["keys"]
+
+
+def _continue_tensorboard(log: TensorBoardOutputFormat, folder: str, num_timesteps: int) -> None:
+    """Go on in the folder of before; TensorBoard drops what the lost part of the run wrote after the checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    new_folder = Path(log.writer.log_dir)
+    log.writer.close()
+    if new_folder.resolve() != Path(folder).resolve() and new_folder.exists():  # made a moment ago, for nothing
+        for path in new_folder.glob("events.out.tfevents.*"):
+            path.unlink()
+        if not any(new_folder.iterdir()):
+            new_folder.rmdir()
+    log.writer = SummaryWriter(log_dir=folder, purge_step=num_timesteps + 1)
+
+
+def _has_own_file(log: Any) -> bool:
+    return isinstance(log, (CSVOutputFormat, JSONOutputFormat)) or (isinstance(log, HumanOutputFormat) and log.own_file)

@@ -1,0 +1,153 @@
+"""The state of Stable-Baselines3's vector environments: their wrappers, and each environment in them."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import gymnasium
+from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
+from sb3_lecture_dqn.episode_recorder import EnvState, EpisodeRecorder, InsertRecorder, read_log, write_log
+from sb3_lecture_dqn.live_objects import LiveObjects
+
+#: Attributes that belong to the process and not to the run.
+_NOT_STATE = frozenset(
+    {"venv", "env", "envs", "env_fns", "class_attributes", "results_writer", "remotes", "work_remotes", "processes"}
+)
+
+
+class VecEnvState(NamedTuple):
+    """
+    The state of a vector environment.
+
+    :param layers: For each wrapper, and what it wraps, the pickle of its attributes
+    :param logs: For each ``VecMonitor`` the content of its file
+    :param envs: The state of each environment
+    :param reason: Why the environments cannot be brought back, or ``None``
+    """
+
+    layers: list[bytes]
+    logs: list[bytes | None]
+    envs: list[EnvState]
+    reason: str | None
+
+
+def insert_recorders(vec_env: VecEnv) -> None:
+    """
+    Have every environment remember what it takes to bring it back; this must come before the reset of the first episode.
+
+    :param vec_env: The vector environment; doing it twice changes nothing
+    """
+    base = vec_env.unwrapped
+    if isinstance(base, GymVectorVecEnv):
+        sub_envs = _sub_envs(base.env)
+        if sub_envs is not None:
+            _insert_into_list(sub_envs)
+        return
+    if isinstance(base, DummyVecEnv):
+        _insert_into_list(base.envs)
+        return
+    base.env_is_wrapped(cast("type[gymnasium.Wrapper[Any, Any, Any, Any]]", InsertRecorder()))
+
+
+def take_vec_env_state(vec_env: VecEnv, live: LiveObjects) -> VecEnvState:
+    """
+    The state of a vector environment.
+
+    :param vec_env: The vector environment
+    :param live: Objects to refer to by name
+    :return: Something that can be pickled
+    """
+    pickles = [live.dumps_attributes(_state_of(layer)) for layer in vec_env_layers(vec_env)]
+    envs, reason = _take_env_states(vec_env.unwrapped)
+    if isinstance(vec_env.unwrapped, GymVectorVecEnv) and any(left_out for _, left_out in pickles):
+        reason = f"{', '.join(name for _, left_out in pickles for name in left_out)} cannot be pickled"
+    return VecEnvState([data for data, _ in pickles], [read_log(layer) for layer in vec_env_layers(vec_env)], envs, reason)
+
+
+def restore_vec_env_state(vec_env: VecEnv, state: VecEnvState, live: LiveObjects) -> str | None:
+    """
+    Bring a vector environment back.
+
+    :param vec_env: The vector environment
+    :param state: What :func:`take_vec_env_state` gave
+    :param live: Objects that are referred to by name
+    :return: ``None``, or why the environments are not where they were and have to be reset
+    """
+    for layer, attributes, content in zip(vec_env_layers(vec_env), state.layers, state.logs, strict=True):
+        vars(layer).update(live.loads(attributes))
+        write_log(layer, content)
+    reasons = [state.reason, *_restore_env_states(vec_env.unwrapped, state.envs)]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def vec_env_layers(vec_env: VecEnv) -> list[Any]:
+    """
+    The wrappers of a vector environment, the outermost first, and what they wrap.
+
+    :param vec_env: The vector environment
+    :return: All of them, also the layers of a Gymnasium vector environment
+    """
+    layers: list[Any] = [vec_env]
+    while isinstance(layers[-1], VecEnvWrapper):
+        layers.append(layers[-1].venv)
+    if isinstance(layers[-1], GymVectorVecEnv):
+        layers.append(layers[-1].env)
+        while isinstance(layers[-1], VectorWrapper):
+            layers.append(layers[-1].env)
+    return layers
+
+
+def single_envs(vec_env: VecEnv) -> Iterator[gymnasium.Env[Any, Any]]:
+    """
+    The environments that live in this process, with each of their layers.
+
+    :param vec_env: The vector environment
+    :return: Environments and wrappers
+    """
+    base = vec_env.unwrapped
+    envs = base.envs if isinstance(base, DummyVecEnv) else []
+    for env in envs:
+        layer = env
+        while isinstance(layer, gymnasium.Wrapper):
+            yield layer
+            layer = layer.env
+        yield layer
+
+
+def _take_env_states(base: VecEnv) -> tuple[list[EnvState], str | None]:
+    if isinstance(base, GymVectorVecEnv):
+        recorders = _recorders(base.env)
+        return [recorder.take_checkpoint_state() for recorder in recorders], None
+    if not base.has_attr("take_checkpoint_state"):
+        return [], f"the environments of {type(base).__name__} are in no wrapper: put each in SB3's Monitor"
+    return base.env_method("take_checkpoint_state"), None
+
+
+def _restore_env_states(base: VecEnv, states: list[EnvState]) -> list[str | None]:
+    if isinstance(base, GymVectorVecEnv):
+        recorders = _recorders(base.env)
+        return [recorder.restore_checkpoint_state(state) for recorder, state in zip(recorders, states, strict=True)]
+    return [base.env_method("restore_checkpoint_state", state, indices=[i])[0] for i, state in enumerate(states)]
+
+
+def _insert_into_list(envs: list[Any]) -> None:
+    insert = InsertRecorder()
+    for i, env in enumerate(envs):
+        if not isinstance(env, EpisodeRecorder) and not isinstance(env, insert):  # type: ignore[arg-type]
+            envs[i] = EpisodeRecorder(env)
+
+
+def _sub_envs(vector_env: VectorEnv[Any, Any, Any]) -> list[Any] | None:
+    base = vector_env.unwrapped
+    return base.envs if isinstance(base, SyncVectorEnv) else None
+
+
+def _recorders(vector_env: VectorEnv[Any, Any, Any]) -> list[EpisodeRecorder]:
+    envs = _sub_envs(vector_env) or []
+    return [env if isinstance(env, EpisodeRecorder) else env.env for env in envs]
+
+
+def _state_of(layer: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name not in _NOT_STATE}

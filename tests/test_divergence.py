@@ -1,0 +1,147 @@
+"""Training that diverges ends with an error that says what, where and since when."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.metrics import RunningMeans
+
+
+class PoisonedEnv(gymnasium.Env[Any, int]):
+    """
+    Gives a reward and observations that are not finite from a step on.
+
+    :param reward: The reward from then on
+    :param observation: Every number of the observations from then on
+    :param poisoned_from: That step
+    """
+
+    def __init__(self, reward: float = 1.0, observation: float = 0.5, poisoned_from: int = 10**9, dictionary: bool = False):
+        box = spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space = spaces.Dict({"a": box, "b": box}) if dictionary else box
+        self.action_space = spaces.Discrete(2)
+        self.reward, self.observation, self.poisoned_from, self.dictionary = reward, observation, poisoned_from, dictionary
+        self.n_steps = 0
+
+    def _observe(self) -> Any:
+        value = self.observation if self.n_steps >= self.poisoned_from else 0.5
+        observation = np.full(2, value, dtype=np.float32)
+        return {"a": np.zeros(2, dtype=np.float32), "b": observation} if self.dictionary else observation
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        reward = self.reward if self.n_steps >= self.poisoned_from else 1.0
+        return self._observe(), reward, self.n_steps % 50 == 0, False, {}
+
+
+def make_model(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> LectureDQN:
+    settings: dict[str, Any] = {"learning_starts": 10, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}, "train_freq": 1}
+    return LectureDQN(policy, env, seed=0, device="cpu", **{**settings, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("env", "policy", "name"),
+    [
+        (lambda: PoisonedEnv(reward=float("nan"), poisoned_from=300), "MlpPolicy", "rewards"),
+        (lambda: PoisonedEnv(reward=float("-inf"), poisoned_from=300), "MlpPolicy", "rewards"),
+        (lambda: PoisonedEnv(observation=float("nan"), poisoned_from=300), "MlpPolicy", "observations"),
+        (
+            lambda: PoisonedEnv(observation=float("inf"), poisoned_from=300, dictionary=True),
+            "MultiInputPolicy",
+            "observations",
+        ),
+    ],
+)
+def test_what_the_environment_gives_is_named_with_its_step(env: Callable[[], PoisonedEnv], policy: str, name: str) -> None:
+    model = make_model(env(), policy)
+    with pytest.raises(DivergenceError, match=rf"{name} of the environment are not finite since step 300; the usual cause"):
+        model.learn(1_000)
+    assert model.num_timesteps <= 300 + model.metrics_interval
+
+
+def test_it_is_noticed_before_learning_starts_too() -> None:
+    model = make_model(PoisonedEnv(reward=float("nan"), poisoned_from=30), learning_starts=10_000)
+    with pytest.raises(DivergenceError, match="rewards of the environment are not finite since step 30"):
+        model.learn(1_000, log_interval=1)
+    assert model.num_timesteps <= 50  # the first episode's end
+
+
+class BreakNetwork(BaseCallback):
+    """Puts a value that is not finite into θ at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            parameter = next(self.model.policy.parameters())
+            with th.no_grad():
+                parameter.view(-1)[0] = float("nan")
+        return True
+
+
+@pytest.mark.parametrize("activation_fn", [th.nn.LeakyReLU, th.nn.Tanh], ids=["fast update", "plain update"])
+def test_a_loss_that_is_not_finite_is_named_with_its_gradient_steps(activation_fn: type[th.nn.Module]) -> None:
+    model = make_model(PoisonedEnv(), policy_kwargs={"net_arch": [8], "activation_fn": activation_fn})
+    with pytest.raises(DivergenceError, match="the loss is nan at step") as error:
+        model.learn(2_000, callback=BreakNetwork(500))
+    since, until = map(int, re.findall(r"between (\d+) and (\d+)", str(error.value))[0])
+    assert since <= 490 <= until <= 490 + model.metrics_interval
+    assert "learning_rate too high" in str(error.value)
+
+
+def test_an_exploding_q_is_told_from_a_large_one() -> None:
+    env = PoisonedEnv(reward=1e4, poisoned_from=0)
+    model = make_model(env, gamma=0.9, learning_rate=0.05)
+    model.learn(1_500)  # Q goes to 1e5, as it should
+    assert model.q_net(th.full((1, 2), 0.5)).max() > 3e3
+    with th.no_grad():
+        model.q_net.q_net[-1].bias += 1e9
+        model.q_net_target.q_net[-1].bias += 1e9
+    with pytest.raises(DivergenceError, match=r"Q explodes, its size is .* where the rewards allow 1e\+05"):
+        model.learn(500, reset_num_timesteps=False)
+
+
+def test_a_diverged_network_does_not_push_out_the_last_good_checkpoint(tmp_path: Path) -> None:
+    model = make_model(PoisonedEnv())
+    callbacks = [ResumableCheckpointCallback(100, tmp_path, keep_last=1), BreakNetwork(590)]
+    with pytest.raises(DivergenceError, match=r"not finite|is nan"):
+        model.learn(2_000, callback=callbacks)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.num_timesteps == 500
+    saved = th.load(checkpoint.file("parameters.pt"), weights_only=True)["policy"]
+    assert all(bool(th.isfinite(tensor).all()) for tensor in saved.values())
+
+
+def test_watching_reads_nothing_more_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(PoisonedEnv())
+    model.learn(300)
+    reads = []
+    original = th.Tensor.tolist
+    monkeypatch.setattr(th.Tensor, "tolist", lambda tensor: reads.append("tolist") or original(tensor))
+    for name in ("item", "__float__", "__bool__"):
+        monkeypatch.setattr(th.Tensor, name, lambda tensor, _name=name: reads.append(_name))
+    means = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
+    means.add(th.ones(()), th.ones(()), th.ones(()), th.ones(()))
+    model._training_metrics = means
+    model._record_training_metrics()
+    assert reads == ["tolist"]
+
+
+def test_it_is_the_error_that_the_zoo_prunes_a_trial_for() -> None:
+    assert issubclass(DivergenceError, ValueError)

@@ -1,0 +1,288 @@
+"""A run that is interrupted and started again ends bit for bit like one that was not."""
+
+import os
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+from torch import nn
+
+from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn.callbacks import OverestimationCallback
+from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.envs import GymVectorVecEnv
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
+
+
+def small_model(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> LectureDQN:
+    settings: dict[str, Any] = {
+        "buffer_size": 250,
+        "learning_starts": 50,
+        "batch_size": 16,
+        "target_update_interval": 40,
+        "policy_kwargs": {"net_arch": [16]},
+        "seed": 3,
+        "device": "cpu",
+    }
+    return LectureDQN(policy, env, **{**settings, **kwargs})
+
+
+def train_scenario(scenario: Any, folder: Path, interrupt_at: int = 1_000_000) -> dict[str, str]:
+    """Train a scenario of the kill script in this process, and read what came out."""
+    import json
+
+    others = [InterruptAt(interrupt_at)]
+    kills.train(scenario, folder / "run", folder / "checkpoints", folder / "digest.json", others)
+    digests: dict[str, str] = json.loads((folder / "digest.json").read_text())
+    return digests
+
+
+@pytest.mark.parametrize(
+    ("env_id", "n_envs"),
+    [
+        ("LunarLander-v2", 1),
+        ("LunarLander-v2", 8),
+        ("CartPole-v1", 8),
+        ("Acrobot-v1", 1),
+        ("MountainCar-v0", 1),
+        ("RoboParking-v0", 8),
+        (kills.ATARI_GAME, 1),
+    ],
+)
+def test_everything_is_the_same_after_an_interruption(env_id: str, n_envs: int, tmp_path: Path) -> None:
+    scenario = kills.Scenario(env_id, n_envs, "dummy", 320, 64)
+    expected = train_scenario(scenario, tmp_path / "reference")
+    with pytest.raises(Interruption):
+        train_scenario(scenario, tmp_path / "interrupted", interrupt_at=230)
+    checkpoint = newest_checkpoint(tmp_path / "interrupted" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.num_timesteps == 192
+    assert train_scenario(scenario, tmp_path / "interrupted") == expected
+
+
+@pytest.mark.parametrize("env_id", ["LunarLander-v2", "CartPole-v1"])
+def test_environments_in_other_processes_come_back_too(env_id: str, tmp_path: Path) -> None:
+    scenario = kills.Scenario(env_id, 2, "subproc", 320, 64)
+    expected, _ = kills.uninterrupted(scenario, tmp_path / "reference")
+    folder = tmp_path / "interrupted"
+    arguments = folder / "run", folder / "checkpoints", folder / "digest.json"
+    assert not kills.in_new_process(kills.train, scenario, *arguments, [InterruptAt(230)])
+    assert kills.in_new_process(kills.train, scenario, *arguments, [InterruptAt(1_000_000)])
+    assert (folder / "digest.json").read_text() == (tmp_path / "reference" / "digest.json").read_text()
+    assert expected["parameters"] in (folder / "digest.json").read_text()
+
+
+def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
+    scenario = kills.Scenario("CartPole-v1", 1, "dummy", 1_200, 120)
+    expected, duration = kills.uninterrupted(scenario, tmp_path / "reference")
+    result, steps = kills.killed_until_done(scenario, tmp_path / "killed", duration, 2, random.Random(2))
+    assert len(steps) == 2
+    assert result == expected
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"n_steps": 3},
+        {"optimize_memory_usage": True},
+        {"train_freq": (1, "episode"), "gradient_steps": -1},
+        {"replay_buffer_kwargs": {"handle_timeout_termination": True}},
+        {"policy_kwargs": {"net_arch": [16], "activation_fn": nn.Tanh}},
+    ],
+    ids=["plain", "n_steps", "optimize_memory_usage", "episodes", "timeouts", "plain update"],
+)
+def test_every_kind_of_training_is_continued(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("CartPole-v1", **kwargs)
+
+    expected = run(build, 700, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 700, tmp_path / "run", 90, 260, 640)) == []
+
+
+def test_checkpoints_change_nothing_in_a_run(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("LunarLander-v2", gradient_steps=2)
+
+    assert differences(run(build, 400, None), run(build, 400, tmp_path)) == []
+
+
+@pytest.mark.parametrize("copy_info_dict", [False, True])
+def test_hindsight_experience_replay_is_continued(copy_info_dict: bool, tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=False, max_steps=5)])
+        return small_model(
+            env,
+            "MultiInputPolicy",
+            replay_buffer_class=HerReplayBuffer,
+            replay_buffer_kwargs={"copy_info_dict": copy_info_dict},
+        )
+
+    expected = run(build, 500, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 500, tmp_path / "run", 130, 390)) == []
+
+
+class CountingBuffer(ReplayBuffer):
+    """A user's class that remembers something of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.n_added = 0
+
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        self.n_added += 1
+
+
+def test_a_replay_buffer_of_the_users_class_is_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("CartPole-v1", replay_buffer_class=CountingBuffer)
+
+    model = interrupted_run(build, 400, tmp_path / "run", 330)
+    assert differences(run(build, 400, tmp_path / "reference"), model) == []
+    assert model.replay_buffer.n_added == 400  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("env_id", ["RoboParking-v0", "LunarLander-v2", "CartPole-v1"])
+def test_gymnasiums_vector_environments_come_back(env_id: str, tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        mode = "vector_entry_point" if env_id == "RoboParking-v0" else "sync"
+        return small_model(GymVectorVecEnv(gymnasium.make_vec(env_id, num_envs=3, vectorization_mode=mode)))
+
+    expected = run(build, 500, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 500, tmp_path / "run", 290)) == []
+
+
+def test_stacked_frames_are_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(VecFrameStack(make_vec_env("CartPole-v1", n_envs=2, seed=5), 3))
+
+    expected = run(build, 400, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 400, tmp_path / "run", 330)) == []
+
+
+class Irreproducible(gymnasium.Env[np.ndarray, int]):
+    """Draws from the system, and cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(0, 1, (2,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self.handle = threading.Lock()
+
+    def _observation(self) -> np.ndarray:
+        return np.frombuffer(os.urandom(2), dtype=np.uint8).astype(np.float32) / 255
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self._observation(), 0.0, False, False, {}
+
+
+def test_an_irreproducible_environment_is_named_and_starts_a_new_episode(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(Irreproducible())
+
+    with pytest.warns(UserWarning, match=r"not reproducible \(the same \d+ actions led to another observation\)"):
+        model = interrupted_run(build, 400, tmp_path, 250)
+    assert model.num_timesteps == 400
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.full
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    run(lambda: small_model("CartPole-v1"), 150, tmp_path)
+    with pytest.raises(ValueError, match=r"gamma must be 0.99, with which the run in .* was started, got 0.5"):
+        run(lambda: small_model("CartPole-v1", gamma=0.5), 150, tmp_path)
+    with pytest.raises(ValueError, match="total_timesteps must be 150"):
+        run(lambda: small_model("CartPole-v1"), 300, tmp_path)
+    with pytest.raises(ValueError, match="seed must be 3"):
+        run(lambda: small_model("CartPole-v1", seed=4), 150, tmp_path)
+
+
+def test_a_finished_run_comes_to_the_same_end_again(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("CartPole-v1")
+
+    assert differences(run(build, 250, tmp_path), run(build, 250, tmp_path)) == []
+
+
+def test_one_callback_serves_one_run(tmp_path: Path) -> None:
+    model = small_model("CartPole-v1")
+    callback = ResumableCheckpointCallback(50, tmp_path)
+    model.learn(60, callback=callback)
+    with pytest.raises(ValueError, match="must be a new ResumableCheckpointCallback"):
+        model.learn(60, callback=callback)
+
+
+def test_a_place_where_it_is_not_called_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not within another callback"):
+        small_model("CartPole-v1").learn(60, callback=EveryNTimesteps(20, ResumableCheckpointCallback(50, tmp_path)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("save_freq", 0), ("keep_last", 0), ("save_freq", 1.5)])
+def test_numbers_out_of_range_are_named(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+        ResumableCheckpointCallback(**{"save_freq": 10, "folder": tmp_path, name: value})
+
+
+def test_a_function_as_a_callback_stays_the_users_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def note(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        seen.append(locals_["self"].num_timesteps)
+        return True
+
+    for n_timesteps in (160, 160):
+        checkpointing = ResumableCheckpointCallback(100, tmp_path)
+        small_model("CartPole-v1").learn(n_timesteps, callback=[ConvertCallback(note), checkpointing])
+    assert seen == [*range(1, 161), *range(101, 161)]
+
+
+def test_callbacks_with_environments_of_their_own_are_continued(tmp_path: Path) -> None:
+    def evaluated_run(folder: Path, *others: BaseCallback) -> tuple[LectureDQN, EvalCallback]:
+        model = small_model(make_vec_env("LunarLander-v2", seed=1))
+        evaluation = EvalCallback(make_vec_env("LunarLander-v2", seed=2), n_eval_episodes=2, eval_freq=120, verbose=0)
+        evaluation.log_path = str(folder.parent / f"{folder.name}_evaluations")
+        gap = OverestimationCallback(make_vec_env("LunarLander-v2", seed=4), eval_freq=150, n_eval_episodes=1)
+        checkpointing = ResumableCheckpointCallback(100, folder)
+        model.learn(500, callback=[gap, evaluation, checkpointing, *others])
+        return model, evaluation
+
+    expected, expected_evaluation = evaluated_run(tmp_path / "reference")
+    with pytest.raises(Interruption):
+        evaluated_run(tmp_path / "run", InterruptAt(390))
+    model, evaluation = evaluated_run(tmp_path / "run", InterruptAt(1_000))
+    assert differences(expected, model) == []
+    assert evaluation.evaluations_results == expected_evaluation.evaluations_results
+    assert evaluation.best_mean_reward == expected_evaluation.best_mean_reward
+
+
+def test_tensorboard_goes_on_in_the_same_folder_without_double_points(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def build(folder: Path) -> LectureDQN:
+        return small_model("CartPole-v1", tensorboard_log=str(folder), seed=9)
+
+    def points(folder: Path) -> list[tuple[int, float]]:
+        (log_folder,) = folder.iterdir()
+        log = event_accumulator.EventAccumulator(str(log_folder)).Reload()
+        return [(event.step, event.value) for event in log.Scalars("rollout/ep_rew_mean")]
+
+    run(lambda: build(tmp_path / "log a"), 600, tmp_path / "a")
+    interrupted_run(lambda: build(tmp_path / "log b"), 600, tmp_path / "b", 380)
+    assert len(points(tmp_path / "log a")) > 3
+    assert points(tmp_path / "log b") == points(tmp_path / "log a")

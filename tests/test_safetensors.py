@@ -1,0 +1,105 @@
+"""Models in a format that cannot run code."""
+
+import builtins
+import pickle
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from sb3_lecture_dqn import LectureDQN, load_safetensors, save_safetensors
+from sb3_lecture_dqn.policies import LectureDQNPolicy
+
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+SPACES: list[tuple[str, spaces.Space[Any]]] = [
+    ("MlpPolicy", spaces.Box(-np.inf, np.inf, (3,), np.float32)),
+    ("MlpPolicy", spaces.Box(np.array([0, -2]), np.array([1, 5]), dtype=np.int64)),
+    ("MlpPolicy", spaces.Discrete(5)),
+    ("MlpPolicy", spaces.MultiDiscrete([3, 4])),
+    ("MlpPolicy", spaces.MultiBinary(4)),
+    ("CnnPolicy", IMAGE),
+    ("MultiInputPolicy", spaces.Dict({"image": IMAGE, "vector": spaces.Box(0, 1, (2,), np.float64)})),
+]
+
+
+class SpaceEnv(gymnasium.Env[Any, int]):
+    """Gives samples of a space."""
+
+    def __init__(self, space: spaces.Space[Any]) -> None:
+        self.observation_space = space
+        self.action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.observation_space.sample(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(("policy", "space"), SPACES, ids=[str(space)[:12] for _, space in SPACES])
+def test_a_model_comes_back_with_its_networks_and_spaces(policy: str, space: spaces.Space[Any], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"gamma": 0.9, "learning_rate": LinearSchedule(1e-3, 1e-5, 0.5), "train_freq": (2, "episode")}
+    model = LectureDQN(policy, SpaceEnv(space), policy_kwargs={"net_arch": [8], "activation_fn": nn.Tanh}, **settings)
+    save_safetensors(model, tmp_path / "model.safetensors")
+    loaded = load_safetensors(tmp_path / "model.safetensors")
+    assert (loaded.observation_space, loaded.action_space) == (model.observation_space, model.action_space)
+    state, loaded_state = model.policy.state_dict(), loaded.policy.state_dict()
+    assert all(th.equal(state[name].cpu(), loaded_state[name].cpu()) for name in state)
+    assert (loaded.gamma, loaded.train_freq) == (0.9, model.train_freq)
+    assert loaded.lr_schedule(0.75) == model.lr_schedule(0.75)
+    observation = space.sample()
+    assert loaded.predict(observation, deterministic=True)[0] == model.predict(observation, deterministic=True)[0]
+
+
+def test_it_goes_on_learning_in_an_environment(tmp_path: Path) -> None:
+    LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10).learn(50)
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, seed=0).learn(50)
+    save_safetensors(model, tmp_path / "model.safetensors")
+    loaded = load_safetensors(tmp_path / "model.safetensors", gymnasium.make("CartPole-v1"))
+    assert (loaded.num_timesteps, loaded._n_updates) == (model.num_timesteps, model._n_updates)
+    loaded.learn(50)
+
+
+def test_loading_never_unpickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_safetensors(LectureDQN("MlpPolicy", "CartPole-v1"), tmp_path / "model.safetensors")
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("this runs code")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    for name in ("eval", "exec"):
+        monkeypatch.setattr(builtins, name, forbidden)
+    assert load_safetensors(tmp_path / "model.safetensors").gamma == 0.99
+
+
+def test_what_cannot_be_named_is_refused(tmp_path: Path) -> None:
+    class OwnPolicy(LectureDQNPolicy):
+        pass
+
+    with pytest.raises(ValueError, match=r"policy must be one of .* to be saved without code, got OwnPolicy"):
+        save_safetensors(LectureDQN(OwnPolicy, "CartPole-v1"), tmp_path / "model.safetensors")
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_rate=lambda progress: progress)
+    with pytest.raises(ValueError, match="learning_rate must be a number or a LinearSchedule"):
+        save_safetensors(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_environment_is_refused(tmp_path: Path) -> None:
+    save_safetensors(LectureDQN("MlpPolicy", "CartPole-v1"), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="env must have the spaces"):
+        load_safetensors(tmp_path / "model.safetensors", gymnasium.make("MountainCar-v0"))
+
+
+def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(tmp_path / "missing.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="must be a whole file of save_safetensors"):
+        load_safetensors(tmp_path / "other.safetensors")
