@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
@@ -209,6 +209,41 @@ def test_an_irreproducible_environment_is_named_and_starts_a_new_episode(tmp_pat
     assert model.num_timesteps == 400
     assert model.replay_buffer is not None
     assert model.replay_buffer.full
+
+
+def test_environments_in_gymnasiums_processes_start_new_episodes_and_say_so(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(GymVectorVecEnv(gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="async")))
+
+    first = build()
+    with pytest.raises(Interruption):
+        first.learn(200, callback=[ResumableCheckpointCallback(50, tmp_path), InterruptAt(130)])
+    first.env.close()  # type: ignore[union-attr]
+    second = build()
+    with pytest.warns(UserWarning, match=r"not reproducible \(.* of AsyncVectorEnv cannot be pickled\)"):
+        second.learn(200, callback=[ResumableCheckpointCallback(50, tmp_path), InterruptAt(1_000)])
+    second.env.close()  # type: ignore[union-attr]
+    assert second.num_timesteps == 200
+
+
+class HoldsALock(VecEnvWrapper):
+    """A wrapper with an attribute that cannot be pickled."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.lock = threading.Lock()
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
+def test_what_a_wrapper_cannot_give_is_named(tmp_path: Path) -> None:
+    model = small_model(HoldsALock(make_vec_env("CartPole-v1")))
+    with pytest.warns(UserWarning, match=r"a checkpoint cannot keep HoldsALock\.lock"):
+        model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
