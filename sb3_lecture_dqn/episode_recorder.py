@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
@@ -69,6 +70,11 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._actions: list[Any] = []
         self._last_observation: Any = None
 
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """The specification of the environment, which this wrapper does not change."""
+        return self.env.spec
+
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """
         Start an episode, and its record.
@@ -115,9 +121,11 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
                 self._needs_replay, self._before_reset = True, None  # from the next reset on
             elif any(getattr(layer, "_has_reset", False) for layer in self._layers()):  # Gymnasium's OrderEnforcing knows
                 reason = "its episode began before it was recorded"
-        outer = [] if self._outer is None else [self._outer]
-        outer_attributes, _ = self._live_objects().dumps_attributes({"outer": _state_of(outer[0])} if outer else {})
-        logs = [read_log(layer) for layer in (*outer, *self._layers())]
+        outer = {} if self._outer is None else _state_of(self._outer)
+        outer_attributes, outer_left_out = self._live_objects().dumps_attributes(outer)
+        if outer_left_out:
+            reason = f"{', '.join(outer_left_out)} of {type(self._outer).__name__} cannot be pickled"
+        logs = [read_log(layer) for layer in (self._outer, *self._layers())]
         own_random_state = random_state() if multiprocessing.parent_process() is not None else None
         return EnvState(attributes, outer_attributes, logs, own_random_state, replay, reason)
 
@@ -133,11 +141,10 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._set_attributes(live.loads(state.attributes))
         if state.replay is not None:
             self._needs_replay, self._before_reset = True, state.attributes
-            reason = self._replay(state.replay)
+            reason = state.reason or self._replay(state.replay)
         if self._outer is not None:
-            vars(self._outer).update(live.loads(state.outer_attributes).get("outer", {}))
-        layers = [*([] if self._outer is None else [self._outer]), *self._layers()]
-        for layer, content in zip(layers, state.logs, strict=True):
+            vars(self._outer).update(live.loads(state.outer_attributes))
+        for layer, content in zip((self._outer, *self._layers()), state.logs, strict=True):
             write_log(layer, content)
         if state.random_state is not None and multiprocessing.parent_process() is not None:
             restore_random_state(state.random_state)

@@ -83,6 +83,8 @@ class TrainingState:
         for name, callback in self._callbacks.items():
             callbacks[name], attributes = live.dumps_attributes(_own_attributes(callback))
             left_out += [f"{type(callback).__name__}.{attribute}" for attribute in attributes]
+        vec_envs = [take_vec_env_state(vec_env, live) for vec_env in self._vec_envs]
+        left_out += [attribute for vec_env in vec_envs for attribute in vec_env.left_out]
         if left_out:
             warnings.warn(f"a checkpoint cannot keep {', '.join(left_out)}, which cannot be pickled", stacklevel=2)
         return {
@@ -90,7 +92,7 @@ class TrainingState:
             "generator": model.random_generator.bit_generator.state,
             "spaces": {name: live.dumps(vars(space)) for name, space in live.spaces()},
             "callbacks": callbacks,
-            "vec_envs": [take_vec_env_state(vec_env, live) for vec_env in self._vec_envs],
+            "vec_envs": vec_envs,
             "logger": live.dumps({name: dict(getattr(model.logger, name)) for name in LOGGER_STATE}),
             "logs": [_take_log(log) for log in model.logger.output_formats],
             "seconds": (time.time_ns() - model.start_time) / 1e9,

@@ -25,12 +25,14 @@ class VecEnvState(NamedTuple):
     :param logs: For each ``VecMonitor`` the content of its file
     :param envs: The state of each environment
     :param reason: Why the environments cannot be brought back, or ``None``
+    :param left_out: Attributes of wrappers that cannot be pickled
     """
 
     layers: list[bytes]
     logs: list[bytes | None]
     envs: list[EnvState]
     reason: str | None
+    left_out: list[str]
 
 
 def insert_recorders(vec_env: VecEnv) -> None:
@@ -59,11 +61,17 @@ def take_vec_env_state(vec_env: VecEnv, live: LiveObjects) -> VecEnvState:
     :param live: Objects to refer to by name
     :return: Something that can be pickled
     """
-    pickles = [live.dumps_attributes(_state_of(layer)) for layer in vec_env_layers(vec_env)]
+    layers = vec_env_layers(vec_env)
     envs, reason = _take_env_states(vec_env.unwrapped)
-    if isinstance(vec_env.unwrapped, GymVectorVecEnv) and any(left_out for _, left_out in pickles):
-        reason = f"{', '.join(name for _, left_out in pickles for name in left_out)} cannot be pickled"
-    return VecEnvState([data for data, _ in pickles], [read_log(layer) for layer in vec_env_layers(vec_env)], envs, reason)
+    pickles, left_out = [], []
+    for layer in layers:
+        data, names = live.dumps_attributes(_state_of(layer))
+        pickles.append(data)
+        if isinstance(layer, VectorEnv) and names:
+            reason = f"{', '.join(names)} of {type(layer).__name__} cannot be pickled"
+        else:
+            left_out += [f"{type(layer).__name__}.{name}" for name in names]
+    return VecEnvState(pickles, [read_log(layer) for layer in layers], envs, reason, left_out)
 
 
 def restore_vec_env_state(vec_env: VecEnv, state: VecEnvState, live: LiveObjects) -> str | None:
@@ -76,7 +84,8 @@ def restore_vec_env_state(vec_env: VecEnv, state: VecEnvState, live: LiveObjects
     :return: ``None``, or why the environments are not where they were and have to be reset
     """
     for layer, attributes, content in zip(vec_env_layers(vec_env), state.layers, state.logs, strict=True):
-        vars(layer).update(live.loads(attributes))
+        if state.reason is None or not isinstance(layer, VectorEnv):  # which may share memory with other processes
+            vars(layer).update(live.loads(attributes))
         write_log(layer, content)
     reasons = [state.reason, *_restore_env_states(vec_env.unwrapped, state.envs)]
     return next((reason for reason in reasons if reason is not None), None)

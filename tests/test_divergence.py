@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_gradient_steps(activation_f
 def test_an_exploding_q_is_told_from_a_large_one() -> None:
     env = PoisonedEnv(reward=1e4, poisoned_from=0)
     model = make_model(env, gamma=0.9, learning_rate=0.05)
-    model.learn(1_500)  # Q goes to 1e5, as it should
+    model.learn(800)  # Q goes towards 1e5, as it should
     assert model.q_net(th.full((1, 2), 0.5)).max() > 3e3
     with th.no_grad():
         model.q_net.q_net[-1].bias += 1e9

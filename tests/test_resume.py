@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
@@ -86,7 +86,7 @@ def test_environments_in_other_processes_come_back_too(env_id: str, tmp_path: Pa
 
 
 def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
-    scenario = kills.Scenario("CartPole-v1", 1, "dummy", 1_200, 120)
+    scenario = kills.Scenario("CartPole-v1", 1, "dummy", 800, 80)
     expected, duration = kills.uninterrupted(scenario, tmp_path / "reference")
     result, steps = kills.killed_until_done(scenario, tmp_path / "killed", duration, 2, random.Random(2))
     assert len(steps) == 2
@@ -109,8 +109,8 @@ def test_every_kind_of_training_is_continued(kwargs: dict[str, Any], tmp_path: P
     def build() -> LectureDQN:
         return small_model("CartPole-v1", **kwargs)
 
-    expected = run(build, 700, tmp_path / "reference")
-    assert differences(expected, interrupted_run(build, 700, tmp_path / "run", 90, 260, 640)) == []
+    expected = run(build, 480, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 480, tmp_path / "run", 90, 380)) == []
 
 
 def test_checkpoints_change_nothing_in_a_run(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_hindsight_experience_replay_is_continued(copy_info_dict: bool, tmp_path
             replay_buffer_kwargs={"copy_info_dict": copy_info_dict},
         )
 
-    expected = run(build, 500, tmp_path / "reference")
-    assert differences(expected, interrupted_run(build, 500, tmp_path / "run", 130, 390)) == []
+    expected = run(build, 400, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 400, tmp_path / "run", 330)) == []
 
 
 class CountingBuffer(ReplayBuffer):
@@ -162,8 +162,8 @@ def test_gymnasiums_vector_environments_come_back(env_id: str, tmp_path: Path) -
         mode = "vector_entry_point" if env_id == "RoboParking-v0" else "sync"
         return small_model(GymVectorVecEnv(gymnasium.make_vec(env_id, num_envs=3, vectorization_mode=mode)))
 
-    expected = run(build, 500, tmp_path / "reference")
-    assert differences(expected, interrupted_run(build, 500, tmp_path / "run", 290)) == []
+    expected = run(build, 330, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 330, tmp_path / "run", 250)) == []
 
 
 def test_stacked_frames_are_continued(tmp_path: Path) -> None:
@@ -172,6 +172,14 @@ def test_stacked_frames_are_continued(tmp_path: Path) -> None:
 
     expected = run(build, 400, tmp_path / "reference")
     assert differences(expected, interrupted_run(build, 400, tmp_path / "run", 330)) == []
+
+
+def test_recorded_environments_can_still_be_made_again_by_their_id(tmp_path: Path) -> None:
+    model = small_model("LunarLander-v2")
+    gap = OverestimationCallback(eval_freq=60, n_eval_episodes=1)
+    model.learn(100, callback=[ResumableCheckpointCallback(50, tmp_path), gap])
+    spec = model.get_env().get_attr("spec")[0]  # type: ignore[union-attr]
+    assert [wrapper.name for wrapper in spec.additional_wrappers] == ["Monitor"]
 
 
 class Irreproducible(gymnasium.Env[np.ndarray, int]):
@@ -201,6 +209,41 @@ def test_an_irreproducible_environment_is_named_and_starts_a_new_episode(tmp_pat
     assert model.num_timesteps == 400
     assert model.replay_buffer is not None
     assert model.replay_buffer.full
+
+
+def test_environments_in_gymnasiums_processes_start_new_episodes_and_say_so(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(GymVectorVecEnv(gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="async")))
+
+    first = build()
+    with pytest.raises(Interruption):
+        first.learn(200, callback=[ResumableCheckpointCallback(50, tmp_path), InterruptAt(130)])
+    first.env.close()  # type: ignore[union-attr]
+    second = build()
+    with pytest.warns(UserWarning, match=r"not reproducible \(.* of AsyncVectorEnv cannot be pickled\)"):
+        second.learn(200, callback=[ResumableCheckpointCallback(50, tmp_path), InterruptAt(1_000)])
+    second.env.close()  # type: ignore[union-attr]
+    assert second.num_timesteps == 200
+
+
+class HoldsALock(VecEnvWrapper):
+    """A wrapper with an attribute that cannot be pickled."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.lock = threading.Lock()
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
+def test_what_a_wrapper_cannot_give_is_named(tmp_path: Path) -> None:
+    model = small_model(HoldsALock(make_vec_env("CartPole-v1")))
+    with pytest.warns(UserWarning, match=r"a checkpoint cannot keep HoldsALock\.lock"):
+        model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
@@ -255,16 +298,16 @@ def test_a_function_as_a_callback_stays_the_users_own(tmp_path: Path) -> None:
 def test_callbacks_with_environments_of_their_own_are_continued(tmp_path: Path) -> None:
     def evaluated_run(folder: Path, *others: BaseCallback) -> tuple[LectureDQN, EvalCallback]:
         model = small_model(make_vec_env("LunarLander-v2", seed=1))
-        evaluation = EvalCallback(make_vec_env("LunarLander-v2", seed=2), n_eval_episodes=2, eval_freq=120, verbose=0)
+        evaluation = EvalCallback(make_vec_env("LunarLander-v2", seed=2), n_eval_episodes=1, eval_freq=90, verbose=0)
         evaluation.log_path = str(folder.parent / f"{folder.name}_evaluations")
-        gap = OverestimationCallback(make_vec_env("LunarLander-v2", seed=4), eval_freq=150, n_eval_episodes=1)
+        gap = OverestimationCallback(make_vec_env("LunarLander-v2", seed=4), eval_freq=100, n_eval_episodes=1)
         checkpointing = ResumableCheckpointCallback(100, folder)
-        model.learn(500, callback=[gap, evaluation, checkpointing, *others])
+        model.learn(300, callback=[gap, evaluation, checkpointing, *others])
         return model, evaluation
 
     expected, expected_evaluation = evaluated_run(tmp_path / "reference")
     with pytest.raises(Interruption):
-        evaluated_run(tmp_path / "run", InterruptAt(390))
+        evaluated_run(tmp_path / "run", InterruptAt(270))
     model, evaluation = evaluated_run(tmp_path / "run", InterruptAt(1_000))
     assert differences(expected, model) == []
     assert evaluation.evaluations_results == expected_evaluation.evaluations_results
