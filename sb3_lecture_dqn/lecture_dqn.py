@@ -57,7 +57,7 @@ SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
 
 #: Falls over the training, so that the final policy is not the last one of many that come and go; it never reaches 0, so that
 #: ``learn`` can be called in small pieces.
-DEFAULT_LEARNING_RATE = LinearSchedule(2e-3, 1e-4, end_fraction=1.0)
+DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 2e-5, end_fraction=1.0)
 
 # --- The mathematics ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class LectureDQN(OffPolicyAlgorithm):
         :class:`~sb3_lecture_dqn.policies.LectureDQNPolicy`
     :param env: The environment to learn from, with a ``Discrete`` action space; an id string is made without a render mode
     :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0); by default
-        it falls linearly from 2e-3 to 1e-4
+        it falls linearly from 5e-4 to 2e-5
     :param buffer_size: Maximum number of transitions in D (L11), at least 1
     :param learning_starts: Number of steps with uniform actions before learning starts
     :param batch_size: Number of transitions in B (L11), at least 1
@@ -171,16 +171,16 @@ class LectureDQN(OffPolicyAlgorithm):
         learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
         buffer_size: int = 100_000,
         learning_starts: int = 1_000,
-        batch_size: int = 512,
+        batch_size: int = 128,
         tau: float = 1.0,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
-        gradient_steps: int = 1,
+        gradient_steps: int = -1,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        target_update_interval: int = 100,
+        target_update_interval: int = 250,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
