@@ -39,6 +39,7 @@ def ray_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray makes sockets in it
     mark = uuid.uuid4().hex
     settings = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", MARK: mark}
+    settings["RAY_worker_niceness"] = "0"  # else the workers wait for every other test
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     yield mark
