@@ -71,7 +71,7 @@ def algorithm(peer: str) -> Any:
 
 def steps_per_second(model: Any, steps: int) -> Callable[[], float]:
     """Rounds of ``learn``, in environment steps per second."""
-    model.learn(1_000)
+    model.learn(500)
 
     def one_round() -> float:
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def train(peer: str) -> Callable[[], float]:
     """LunarLander-v3 with the zoo's settings."""
     import gymnasium
 
-    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **LUNAR_LANDER), 2_000)
+    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **LUNAR_LANDER), 1_000)
 
 
 def collect(peer: str) -> Callable[[], float]:
@@ -93,7 +93,7 @@ def collect(peer: str) -> Callable[[], float]:
     import gymnasium
 
     settings = {**LUNAR_LANDER, "gradient_steps": 0, "exploration_initial_eps": 0.0, "exploration_final_eps": 0.0}
-    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **settings), 4_000)
+    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **settings), 2_000)
 
 
 def robo_parking(peer: str) -> Callable[[], float]:
@@ -108,7 +108,7 @@ def robo_parking(peer: str) -> Callable[[], float]:
     else:
         env = make_vec_env("RoboParking-v0", n_envs=64)
     settings = {**LUNAR_LANDER, "train_freq": 1, "gradient_steps": 1}
-    return steps_per_second(algorithm(peer)("MlpPolicy", env, seed=0, **settings), 64 * 100)
+    return steps_per_second(algorithm(peer)("MlpPolicy", env, seed=0, **settings), 64 * 50)
 
 
 def gradient_step(peer: str, batch_size: int = BATCH_SIZE, device: str = "cpu", pixels: bool = False) -> Callable[[], float]:

@@ -60,7 +60,9 @@ class FastUpdate:
         self.parameters = list(policy.q_net.parameters())
         self.theta = flatten(self.parameters)
         self.gradient = th.zeros_like(self.theta)
-        for parameter, view in zip(self.parameters, views(self.gradient, self.parameters), strict=True):
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.gradients = views(self.gradient, self.parameters)
+        for parameter, view in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = view
         self.adam = FlatAdam(optimizer, self.theta, self.gradient)
         encoder = policy.q_net.features_extractor
@@ -97,8 +99,8 @@ class FastUpdate:
             and not has_hooks(policy.q_net)
             and not has_hooks(policy.q_net_target)
             and all(
-                p.data_ptr() == view.data_ptr()
-                for p, view in zip(self.parameters, views(self.theta, self.parameters), strict=True)
+                p.data_ptr() == address and p.grad is gradient
+                for p, address, gradient in zip(self.parameters, self.addresses, self.gradients, strict=True)
             )
             and self.adam.is_current()
         )
@@ -124,6 +126,7 @@ class FastUpdate:
         features = target.extract_features(next_observations, target.features_extractor)
         return forward(self.target_head, features)
 
+    @th.no_grad()
     def steps(
         self, observations: Any, actions: th.Tensor, targets: th.Tensor, batch_size: int, max_grad_norm: float | None
     ) -> tuple[th.Tensor, ...]:
@@ -138,8 +141,9 @@ class FastUpdate:
         :return: The losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping, each of
             shape (n_steps,)
         """
+        inputs = observations if self.has_trained_encoder else self._features(observations)
         batches = zip(
-            split_observations(observations, batch_size),
+            split_observations(inputs, batch_size),
             th.split(actions, batch_size),
             th.split(targets, batch_size),
             strict=True,
@@ -152,27 +156,30 @@ class FastUpdate:
         return losses, q_values.mean(dim=(1, 2)), targets.mean(dim=(1, 2)), gradient_norms
 
     def _step(
-        self, observations: Any, actions: th.Tensor, targets: th.Tensor, max_grad_norm: float | None
+        self, inputs: Any, actions: th.Tensor, targets: th.Tensor, max_grad_norm: float | None
     ) -> tuple[th.Tensor, th.Tensor]:
-        """One gradient step; gives Q(s, a, θ) and the norm of the gradient before clipping."""
-        q_net = self.policy.q_net
-        with th.set_grad_enabled(self.has_trained_encoder):
-            features = q_net.extract_features(observations, q_net.features_extractor)
-        with th.no_grad():
-            made = forward_for_backward(self.head, features)
-            q_values = made.q_values.gather(1, actions)
-            errors = (q_values - targets).mul_(2 / len(targets))
-            gradient = th.zeros_like(made.q_values).scatter_(1, actions, errors)
-            features_gradient = backward(self.head, made, gradient, self.has_trained_encoder)
+        """One gradient step on observations, or on features without parameters; gives Q(s, a, θ) and the gradient's norm."""
+        features = inputs
+        if self.has_trained_encoder:
+            with th.enable_grad():
+                features = self._features(inputs)
+        made = forward_for_backward(self.head, features.detach())
+        q_values = made.q_values.gather(1, actions)
+        errors = (q_values - targets).mul_(2 / len(targets))
+        gradient = th.zeros_like(made.q_values).scatter_(1, actions, errors)
+        features_gradient = backward(self.head, made, gradient, self.has_trained_encoder)
         if features_gradient is not None:
             self._encoder_gradients(features, features_gradient)
-        with th.no_grad():
-            gradient_norm = self.gradient.norm()
-            if max_grad_norm is not None:
-                # PyTorch's clip_grad_norm_ scales like this, without waiting for the device to compare
-                self.gradient.mul_((max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
-            self.adam.step()
+        gradient_norm = th.linalg.vector_norm(self.gradient)
+        if max_grad_norm is not None:
+            # PyTorch's clip_grad_norm_ scales like this, without waiting for the device to compare
+            self.gradient.mul_((max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
+        self.adam.step()
         return q_values, gradient_norm
+
+    def _features(self, observations: Any) -> th.Tensor:
+        q_net = self.policy.q_net
+        return q_net.extract_features(observations, q_net.features_extractor)
 
     def _encoder_gradients(self, features: th.Tensor, features_gradient: th.Tensor) -> None:
         for parameter in self.policy.q_net.features_extractor.parameters():

@@ -55,9 +55,8 @@ from sb3_lecture_dqn.validation import (
 
 SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
 
-#: Falls over the training, so that the final policy is not the last one of many that come and go; it never reaches 0, so that
-#: ``learn`` can be called in small pieces.
-DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 2e-5, end_fraction=1.0)
+#: Falls to 0 over the training, so that the final policy is not the last one of many that come and go.
+DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 0.0, end_fraction=1.0)
 
 # --- The mathematics ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +116,7 @@ class LectureDQN(OffPolicyAlgorithm):
         :class:`~sb3_lecture_dqn.policies.LectureDQNPolicy`
     :param env: The environment to learn from, with a ``Discrete`` action space; an id string is made without a render mode
     :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0); by default
-        it falls linearly from 5e-4 to 2e-5
+        it falls linearly from 5e-4 to 0 over each ``learn``; give a number to train in many small pieces
     :param buffer_size: Maximum number of transitions in D (L11), at least 1
     :param learning_starts: Number of steps with uniform actions before learning starts
     :param batch_size: Number of transitions in B (L11), at least 1

@@ -108,7 +108,7 @@ def test_work_that_is_large_or_unknown_keeps_the_users_threads() -> None:
 def test_the_training_mode_is_left_alone_where_it_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(th.nn.Linear, "train", lambda self, mode=True: calls.append(mode) or self)
-    model = LectureDQN("MlpPolicy", "LunarLander-v3", learning_starts=0, batch_size=8, seed=0).learn(40)
+    model = LectureDQN("MlpPolicy", "LunarLander-v3", learning_starts=0, batch_size=8, gradient_steps=1, seed=0).learn(40)
     assert model._n_updates == 10
     # the network is made in training mode and put in evaluation mode once
     assert calls.count(True) == 0

@@ -276,3 +276,14 @@ def test_a_file_holds_the_parameters_alone(tmp_path: Path) -> None:
     plain.save(tmp_path / "plain")
     sizes = [(tmp_path / name).with_suffix(".zip").stat().st_size for name in ("fast", "plain")]
     assert sizes[0] < 1.1 * sizes[1]
+
+
+def test_gradients_that_somebody_dropped_are_made_again() -> None:
+    model = make_model("vector", fast=True)
+    batch = random_batch("vector", np.random.default_rng(0))
+    train_on(model, batch)
+    first = model._fast_update
+    model.policy.optimizer.zero_grad()
+    train_on(model, batch)
+    assert model._fast_update is not first
+    assert model._n_updates == 2
