@@ -207,7 +207,6 @@ def print_choices() -> None:
     model, sb3 = trained(LectureDQN), trained(DQN)
     update, acting = model._current_fast_update(), FastActing.for_policy(model.policy)
     observation = model.env.reset()
-    rows = model._sample_batch(512).next_observations
     parameter = th.nn.Parameter(update.theta.clone())
     parameter.grad = update.gradient.clone()
     adams = [th.optim.Adam([parameter], fused=fused, foreach=False) for fused in (True, False)]
@@ -224,8 +223,6 @@ def print_choices() -> None:
             "Adam: the fused kernel": microseconds(update.adam.step),
             "Adam: torch.optim.Adam(fused=True), one tensor": microseconds(adams[0].step),
             "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),
-            "512 rows forward: in place": microseconds(lambda: forward(update.head, rows)),
-            "512 rows forward: keeping temporaries": microseconds(lambda: forward_for_backward(update.head, rows)),
             "128 of 50 000 transitions: one record each": microseconds(lambda: model.replay_buffer.sample(128)),
             "128 of 50 000 transitions: SB3's arrays": microseconds(lambda: sb3.replay_buffer.sample(128)),
         }
