@@ -38,29 +38,18 @@ from sb3_lecture_dqn.training_state import (
     restore_parameters,
     take_parameters,
 )
-from sb3_lecture_dqn.validation import check_int_at_least
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
 from sb3_lecture_dqn.vec_env_state import insert_recorders
 
 REPLAY_BUFFER_FILE = "replay_buffer.pkl"
 #: What has to be the same in the run that goes on; otherwise it would be another run.
 SETTINGS = (
+    *NUMERIC_ARGUMENTS,
     "learning_rate",
-    "buffer_size",
-    "learning_starts",
-    "batch_size",
-    "tau",
-    "gamma",
     "train_freq",
-    "gradient_steps",
     "replay_buffer_class",
     "replay_buffer_kwargs",
     "optimize_memory_usage",
-    "n_steps",
-    "target_update_interval",
-    "exploration_fraction",
-    "exploration_initial_eps",
-    "exploration_final_eps",
-    "max_grad_norm",
     "policy_class",
     "policy_kwargs",
     "seed",

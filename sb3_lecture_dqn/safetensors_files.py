@@ -26,6 +26,7 @@ from torch import nn
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MultiInputPolicy
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
 
 FORMAT_VERSION = 1
 #: What a file may name: a name is looked up here and nowhere else.
@@ -34,22 +35,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     cls.__name__: cls for cls in (nn.LeakyReLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid)
 }
 EXTRACTORS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (FlattenExtractor, NatureCNN, CombinedExtractor)}
-#: Arguments of the constructor that are numbers, or nothing.
-NUMBERS = (
-    "buffer_size",
-    "learning_starts",
-    "batch_size",
-    "tau",
-    "gamma",
-    "gradient_steps",
-    "n_steps",
-    "target_update_interval",
-    "exploration_fraction",
-    "exploration_initial_eps",
-    "exploration_final_eps",
-    "max_grad_norm",
-    "optimize_memory_usage",
-)
+#: Arguments of the constructor that JSON can write as they are.
+PLAIN_ARGUMENTS = (*NUMERIC_ARGUMENTS, "optimize_memory_usage")
 _HEADER = "sb3_lecture_dqn"
 
 
@@ -72,7 +59,7 @@ def save_safetensors(model: LectureDQN, path: str | Path) -> None:
         "action_space": _describe_space(model.action_space),
         "learning_rate": _describe_schedule(model.learning_rate),
         "train_freq": [model.train_freq.frequency, model.train_freq.unit.value],  # type: ignore[union-attr]
-        "numbers": {name: getattr(model, name) for name in NUMBERS},
+        "numbers": {name: getattr(model, name) for name in PLAIN_ARGUMENTS},
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
     }
@@ -125,7 +112,7 @@ def _build(description: dict[str, Any], env: GymEnv | None, device: th.device | 
         train_freq=(int(number), unit),
         policy_kwargs=policy_kwargs,
         device=device,
-        **{name: description["numbers"][name] for name in NUMBERS},
+        **{name: description["numbers"][name] for name in PLAIN_ARGUMENTS},
     )
     if (model.observation_space, model.action_space) != (observation_space, action_space):
         raise ValueError(f"env must have the spaces {observation_space} and {action_space}")

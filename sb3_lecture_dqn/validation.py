@@ -7,6 +7,22 @@ from typing import Any
 
 from gymnasium import spaces
 
+#: Arguments of ``LectureDQN`` that are a number, or ``None``, and nothing else.
+NUMERIC_ARGUMENTS = (
+    "buffer_size",
+    "learning_starts",
+    "batch_size",
+    "tau",
+    "gamma",
+    "gradient_steps",
+    "n_steps",
+    "target_update_interval",
+    "exploration_fraction",
+    "exploration_initial_eps",
+    "exploration_final_eps",
+    "max_grad_norm",
+)
+
 
 def check_at_least(name: str, value: Any, low: float) -> None:
     """

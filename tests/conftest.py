@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from hypothesis import HealthCheck, settings
+from postgres import PostgresServer, find_programs, postgres_server
 
 _PROPERTIES = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("quick", max_examples=12, derandomize=True, **_PROPERTIES)  # type: ignore[arg-type]
@@ -29,3 +30,13 @@ def one_thread_and_clean_generators() -> Iterator[None]:
     yield
     np.random.set_state(numpy_state)
     th.set_rng_state(torch_state)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A server of our own; ``.ci/run`` installs its programs, and a user's machine may do without them."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's initdb is not installed (Debian: apt-get install postgresql)")
+    with postgres_server(programs) as server:
+        yield server

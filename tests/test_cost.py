@@ -76,10 +76,14 @@ def test_acting_in_one_environment_needs_nothing_of_pytorch() -> None:
 
 def test_exploring_steps_need_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained_model()
-    model.exploration_rate = 1.0
-    monkeypatch.setattr(model, "_greedy_actions", lambda observation: pytest.fail("a forward pass"))
-    for _ in range(20):
-        model._sample_action(0, None, 1)
+    passes: list[int] = []
+    greedy_actions = model._greedy_actions
+    monkeypatch.setattr(model, "_greedy_actions", lambda observation: (passes.append(1), greedy_actions(observation))[1])
+    for exploration_rate, expected in ((1.0, 0), (0.0, 20)):
+        model.exploration_rate = exploration_rate
+        for _ in range(20):
+            model._sample_action(0, None, 1)
+        assert len(passes) == expected
 
 
 def test_a_small_network_is_trained_by_one_thread_and_the_users_number_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, load_safetensors, save_safetensors
 from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
 
 #: What says why: errors that a user's input is answered with. Anything else is a bug here.
 CLEAR_ERRORS = (ValueError, AssertionError, TypeError, NotImplementedError, OverflowError)
@@ -85,23 +86,7 @@ numbers = st.one_of(
     st.floats(-2, 2),
     st.sampled_from([float("nan"), float("inf"), -float("inf"), None, "1", True, 1e30, np.float32(0.5), np.int64(3), [1]]),
 )
-ARGUMENTS = (
-    "learning_rate",
-    "buffer_size",
-    "learning_starts",
-    "batch_size",
-    "tau",
-    "gamma",
-    "train_freq",
-    "gradient_steps",
-    "n_steps",
-    "target_update_interval",
-    "exploration_fraction",
-    "exploration_initial_eps",
-    "exploration_final_eps",
-    "max_grad_norm",
-    "stats_window_size",
-)
+ARGUMENTS = (*NUMERIC_ARGUMENTS, "learning_rate", "train_freq", "stats_window_size")
 
 
 @given(arguments=st.dictionaries(st.sampled_from(ARGUMENTS), numbers, min_size=1, max_size=3))

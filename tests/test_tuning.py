@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
-from postgres import PostgresServer, find_programs, postgres_server
+from postgres import PostgresServer
 
 from sb3_lecture_dqn import LectureDQN, tune, zoo
 from sb3_lecture_dqn.tuning import studies
@@ -27,15 +26,6 @@ from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, here, open_s
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
 SEARCH = ["-optimize", "--no-optim-plots", "-n", "200", "--eval-episodes", "1", "--n-evaluations", "1", "--pruner", "none"]
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL's initdb is not installed (Debian: apt-get install postgresql)")
-    with postgres_server(programs) as server:
-        yield server
 
 
 @pytest.fixture
@@ -52,8 +42,13 @@ def zoo_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
-def storage_urls(tmp_path: Path, postgres: PostgresServer) -> dict[str, str]:
-    return {"journal": f"{tmp_path}/study.log", "sqlite": f"sqlite:///{tmp_path}/study.db", "postgresql": postgres.url()}
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage of each kind; only the last one needs a server."""
+    if request.param == "postgresql":
+        url: str = request.getfixturevalue("postgres").url()
+        return url
+    return {"journal": f"{tmp_path}/study.log", "sqlite": f"sqlite:///{tmp_path}/study.db"}[request.param]
 
 
 def fake_manager(**attributes: Any) -> Any:
@@ -122,14 +117,10 @@ def test_the_zoo_searches_in_memory_over_as_many_seeds_as_asked_for(zoo_train: A
     assert row.count("COMPLETE") == 1
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
-def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(
-    zoo_train: Any, tmp_path: Path, postgres: PostgresServer, kind: str
-) -> None:
-    url = storage_urls(tmp_path, postgres)[kind]
-    study_arguments = ["--storage", url, "--study-name", f"search-{kind}", "--seed", "0"]
+def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(zoo_train: Any, tmp_path: Path, storage_url: str) -> None:
+    study_arguments = ["--storage", storage_url, "--study-name", "search", "--seed", "0"]
     zoo_train(*study_arguments, *SEARCH, "--n-trials", "2")
-    study = optuna.load_study(study_name=f"search-{kind}", storage=open_storage(url))
+    study = optuna.load_study(study_name="search", storage=open_storage(storage_url))
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
     assert all(len(trial.user_attrs["scores"]) == 2 for trial in study.trials)
     assert study.user_attrs[SCORING]["environment"] == "CartPole-v1"
@@ -194,11 +185,8 @@ def dead_process_id() -> int:
     return process.pid
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
-def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(
-    tmp_path: Path, postgres: PostgresServer, kind: str
-) -> None:
-    study = open_cartpole_study(storage_urls(tmp_path, postgres)[kind], f"retries-{kind}")
+def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(storage_url: str) -> None:
+    study = open_cartpole_study(storage_url, "retries")
     runner = Runner(study, max_retries=2)
     seen = []
     for _ in range(3):

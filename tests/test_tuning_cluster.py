@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
-from postgres import PostgresServer, find_programs, postgres_server
+from postgres import PostgresServer
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.storage import open_storage
@@ -45,15 +45,6 @@ def ray_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield mark
     until(lambda: not [process for process in marked_processes(mark) if process != os.getpid()])
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL's initdb is not installed (Debian: apt-get install postgresql)")
-    with postgres_server(programs) as server:
-        yield server
 
 
 def marked_processes(mark: str, title: bytes = b"") -> list[int]:
