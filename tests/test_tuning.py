@@ -212,6 +212,19 @@ def test_a_trial_of_another_host_is_lost_when_its_runner_has_been_silent_for_som
     assert [trial.state for trial in study.trials] == [TrialState.WAITING, TrialState.WAITING]
 
 
+def test_a_trial_that_nobody_claimed_is_lost_when_all_who_could_have_asked_for_it_are_gone(tmp_path: Path) -> None:
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    study.set_user_attr(RUNNER + "other", {"host": "elsewhere", "pid": 1, "beats": 1})
+    study.ask()
+    with Runner(study):
+        assert study.trials[0].state == TrialState.RUNNING
+    assert study.trials[0].state == TrialState.RUNNING
+
+    study.set_user_attr(RUNNER + "other", {"host": here(), "pid": dead_process_id(), "beats": 1})
+    with Runner(study):
+        assert study.trials[0].state == TrialState.WAITING
+
+
 def test_a_study_waits_while_its_database_is_away(postgres: PostgresServer) -> None:
     storage = open_storage(postgres.url())
     study = open_study(storage, "outage", {})

@@ -84,7 +84,8 @@ class Runner:
     Optuna's own heartbeat needs a database and one beat for each trial; it never finds a trial whose process died
     before the first beat. This one works for journal files too, with one beat for each process, however many trials
     it runs. A trial is lost when its runner has said goodbye, when its process is gone (on the same host), or when it
-    has not said anything new at several looks; clocks of different hosts are not compared.
+    has not said anything new at several looks; clocks of different hosts are not compared. One that nobody has claimed
+    yet is lost as soon as no runner is left who could have asked for it.
 
     :param study: The study
     :param max_retries: How often a trial is put back before it fails
@@ -124,14 +125,20 @@ class Runner:
         """Look once at who runs what; what nobody runs goes back into the queue, or fails after too many retries."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         others = [trial for trial in running if trial.user_attrs.get("runner") != self.id]
-        attributes = self.study.user_attrs if others else {}
+        attributes = self.study.user_attrs if others else {}  # read after the trials: who asks has beaten before
         lives = {_runner_of(trial): attributes.get(_runner_of(trial)) for trial in others}
         self._looks = {name: self._look(name, life) for name, life in lives.items()}
+        nobody_asks = self._nobody_asks(attributes)
         for trial in others:
             life, looks = self._looks[_runner_of(trial)]
-            is_lost = looks >= LOOKS or _has_ended(life)
+            is_lost = looks >= LOOKS or _has_ended(life) or (nobody_asks and "runner" not in trial.user_attrs)
             if is_lost and is_held(self.study, trial, trial.user_attrs.get("runner")):
                 give_up_or_put_back(self.study, trial, "its process died", self.max_retries)
+
+    def _nobody_asks(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether this process runs nothing, before its first trial or after its last, and all other runners have ended."""
+        lives = [life for name, life in attributes.items() if name.startswith(RUNNER) and name != RUNNER + self.id]
+        return not self._thread.is_alive() and all(map(_has_ended, lives))
 
     def _look(self, name: str, life: Any) -> tuple[Any, int]:
         last_life, looks = self._looks.get(name, (None, 0))
