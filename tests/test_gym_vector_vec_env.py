@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -112,14 +112,89 @@ def test_it_is_what_sb3_makes_of_the_same_environments(
     assert 0 < n_truncated < n_ended
 
 
-def test_an_environment_that_can_only_reset_all_at_once_is_refused() -> None:
+class ResetsInTheNextStep(VectorEnv):
+    """What Gymnasium's next-step mode asks of a vector environment, and no ``reset_mask``."""
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+        self.inner = sync(make_env, AutoresetMode.NEXT_STEP)
+        self.num_envs = self.inner.num_envs
+        self.single_observation_space = self.inner.single_observation_space
+        self.single_action_space = self.inner.single_action_space
+        self.observation_space, self.action_space = self.inner.observation_space, self.inner.action_space
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        return self.inner.reset(seed=seed)
+
+    def step(self, actions: Any) -> Any:
+        return self.inner.step(actions)
+
+
+@pytest.mark.parametrize("make_env", [make_robo_parking, make_cart_pole, Countdown])
+def test_what_resets_in_the_next_step_alone_has_the_same_episodes_with_a_pause_between(
+    make_env: Callable[[], gymnasium.Env],
+) -> None:
+    ours = GymVectorVecEnv(ResetsInTheNextStep(make_env))
+    ours.seed(11)
+    observations = ours.reset()
+    generator = np.random.default_rng(0)
+    singles = [VecMonitor(DummyVecEnv([make_env])) for _ in range(N_ENVS)]
+    last: list[Any] = []
+    for i, single in enumerate(singles):
+        single.seed(11 + i)
+        last.append(single.reset())
+    pauses = [False] * N_ENVS
+    n_pauses = 0
+    for _ in range(200):
+        actions = generator.integers(ours.action_space.n, size=N_ENVS)
+        previous_observations = observations
+        observations, rewards, dones, infos = ours.step(actions)
+        for i, single in enumerate(singles):
+            if pauses[i]:
+                n_pauses += 1
+                assert (rewards[i], dones[i]) == (0, True)
+                assert set(infos[i]) == {"terminal_observation", "TimeLimit.truncated"}
+                assert not infos[i]["TimeLimit.truncated"]
+                assert_same(infos[i]["terminal_observation"], row(previous_observations, i))
+                assert ours.reset_infos[i] == single.unwrapped.reset_infos[0]
+                assert_same(row(observations, i), row(last[i], 0))
+                pauses[i] = False
+                continue
+            last[i], their_rewards, their_dones, (their_info,) = single.step(actions[i : i + 1])
+            assert (rewards[i], dones[i]) == (their_rewards[0], their_dones[0])
+            pauses[i] = bool(dones[i])
+            if pauses[i]:
+                assert infos[i]["episode"].pop("t") >= 0
+                del their_info["episode"]["t"]
+            assert_same(infos[i], their_info)
+            assert_same(row(observations, i), their_info["terminal_observation"] if pauses[i] else row(last[i], 0))
+    assert n_pauses > 5
+
+
+def row(observations: Any, i: int) -> Any:
+    return {key: value[i] for key, value in observations.items()} if isinstance(observations, dict) else observations[i]
+
+
+def test_gymnasiums_own_cart_pole_vector_environment_is_learned_from_and_its_pauses_are_not_counted() -> None:
     env = GymVectorVecEnv(CartPoleVectorEnv(num_envs=2))
+    model = LectureDQN("MlpPolicy", env, learning_starts=50, seed=0).learn(200)
+    returns, lengths = evaluate_policy(model, env, n_eval_episodes=10, return_episode_rewards=True)
+    assert len(returns) == 10
+    assert returns == lengths  # 1 for each step, without the pauses
+    assert min(lengths) >= 8  # no pole falls sooner
+
+
+class IgnoresTheMask(ResetsInTheNextStep):
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
+
+
+def test_disabled_autoreset_without_a_reset_of_some_is_refused() -> None:
+    env = GymVectorVecEnv(IgnoresTheMask(make_cart_pole))
     env.seed(0)
     env.reset()
-    for _ in range(7):  # a pole that is pushed one way all the time falls in steps 8 to 10
-        env.step(np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"env must be able to reset some of its sub-environments alone.*SameStep"):
-        [env.step(np.array([0, 1])) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"env must be able to reset some of its sub-environments alone"):
+        [env.step(np.array([0, 1, 0])) for _ in range(12)]  # a pole that is pushed one way all the time falls in steps 8 to 10
 
 
 def test_anything_but_a_vector_environment_is_refused() -> None:

@@ -6,10 +6,15 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from sb3_lecture_dqn.envs.robo_parking import RoboParkingVectorEnv
+
+#: What resets some of its sub-environments, and leaves the others alone, although it would do it by itself in the next step.
+RESETS_SOME = (SyncVectorEnv, AsyncVectorEnv, RoboParkingVectorEnv)
 
 
 class GymVectorVecEnv(VecEnv):
@@ -20,9 +25,16 @@ class GymVectorVecEnv(VecEnv):
     that ends its episode; the info of that step has ``terminal_observation``, ``TimeLimit.truncated`` and ``episode`` (the
     return ``r``, the length ``l``, and the seconds ``t`` since this object was made).
 
-    In the same-step mode the vector environment does that itself. In the modes next-step and disabled it leaves the ended ones
-    as they are for a step, so it is asked to reset them with ``reset(options={"reset_mask": ...})``, which Gymnasium's
-    ``SyncVectorEnv`` and ``AsyncVectorEnv`` and :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv` can do.
+    In the same-step mode the vector environment does that itself. In the disabled mode, and in the next-step mode of
+    Gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` and of :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv`, it is asked
+    to, by ``reset(options={"reset_mask": ...})``.
+
+    Any other vector environment in the next-step mode (Gymnasium's ``CartPoleVectorEnv``) resets an ended sub-environment one
+    step later, takes no action for it in that step, and cannot do it sooner without stepping the others. The step that ends
+    the episode then gives the last observation once more, and the next one is a pause: its reward is 0, and it is done, with
+    that observation as its ``terminal_observation``, and without ``episode``, so that ``Monitor``'s statistics and
+    ``evaluate_policy`` do not count it. All transitions of the episode are what they would be; what is learned from a pause is
+    that an ended episode is worth 0.
 
     :param env: The vector environment
     :raises TypeError: if it is not a Gymnasium ``VectorEnv``
@@ -37,12 +49,14 @@ class GymVectorVecEnv(VecEnv):
             raise ValueError(f"env must have an AutoresetMode in metadata['autoreset_mode'], got {mode!r}")
         self.env = env
         self._is_same_step = mode == AutoresetMode.SAME_STEP
+        self._resets_some = mode == AutoresetMode.DISABLED or isinstance(env.unwrapped, RESETS_SOME)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = env.metadata
         self._actions = np.zeros(0)
         self._start_time = time.time()
         self._episode_returns = np.zeros(self.num_envs, dtype=np.float32)
         self._episode_lengths = np.zeros(self.num_envs, dtype=np.int32)
+        self._paused: dict[int, Any] = {}  # the last observations of the sub-environments that pause
 
     def reset(self) -> Any:  # SB3's VecEnvObs
         """
@@ -60,6 +74,7 @@ class GymVectorVecEnv(VecEnv):
         self.reset_infos = split_infos(infos, self.num_envs)
         self._episode_returns[:] = 0
         self._episode_lengths[:] = 0
+        self._paused = {}
         return copy_observations(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -75,7 +90,7 @@ class GymVectorVecEnv(VecEnv):
         Step, and reset the sub-environments whose episode ended.
 
         :return: Observations, rewards, dones and infos as SB3 has them
-        :raises ValueError: if the vector environment cannot reset some sub-environments and leave the others alone
+        :raises ValueError: if a vector environment in the disabled mode resets more sub-environments than it was asked to
         """
         observations, rewards, terminations, truncations, infos = self.env.step(self._actions)
         rewards = np.asarray(rewards, dtype=np.float32)
@@ -86,14 +101,20 @@ class GymVectorVecEnv(VecEnv):
 
         self._episode_returns += rewards
         self._episode_lengths += 1
+        paused, self._paused = self._paused, {}
         if dones.any():
             ended = np.flatnonzero(dones).tolist()
             if self._is_same_step:
                 self._move_final_infos(info_of_each, ended)
-            else:
+            elif self._resets_some:
                 observations = self._reset_ended(observations, dones, info_of_each)
+            else:
+                self._pause_ended(observations, info_of_each, ended)
             for i in ended:
                 info_of_each[i]["episode"] = self._end_episode(i)
+        for i, final_observation in paused.items():
+            self._end_pause(i, final_observation, info_of_each)
+            dones[i] = True
         return copy_observations(observations), rewards, dones, info_of_each
 
     def _move_final_infos(self, info_of_each: list[dict[str, Any]], ended: list[int]) -> None:
@@ -113,14 +134,25 @@ class GymVectorVecEnv(VecEnv):
         next_observations, infos = self.env.reset(options={"reset_mask": dones.copy()})
         if not _are_equal(_rows(observations, ~dones), _rows(next_observations, ~dones)):
             raise ValueError(
-                f"env must be able to reset some of its sub-environments alone (options['reset_mask']), got {self.env}, "
-                'which resets all: make it with autoreset_mode="SameStep" if it has that, or with vectorization_mode="sync"'
+                f"env must be able to reset some of its sub-environments alone (options['reset_mask']) in the disabled "
+                f"autoreset mode, got {self.env}, which resets all"
             )
         reset_infos = split_infos(infos, self.num_envs)
         for i in np.flatnonzero(dones).tolist():
             info_of_each[i]["terminal_observation"] = copy_observations(_rows(observations, i))
             self.reset_infos[i] = reset_infos[i]
         return next_observations
+
+    def _pause_ended(self, observations: Any, info_of_each: list[dict[str, Any]], ended: list[int]) -> None:
+        """Remember how the episodes ended that the vector environment resets in the next step."""
+        for i in ended:
+            self._paused[i] = info_of_each[i]["terminal_observation"] = copy_observations(_rows(observations, i))
+
+    def _end_pause(self, i: int, final_observation: Any, info_of_each: list[dict[str, Any]]) -> None:
+        """The info of the step that reset a sub-environment is that of its reset; the pause itself has next to none."""
+        self._end_episode(i)  # the next one counts from 0
+        self.reset_infos[i] = {key: value for key, value in info_of_each[i].items() if key != "TimeLimit.truncated"}
+        info_of_each[i] = {"TimeLimit.truncated": False, "terminal_observation": final_observation}
 
     def _end_episode(self, i: int) -> dict[str, Any]:
         seconds = round(time.time() - self._start_time, 6)
