@@ -26,8 +26,8 @@ class GymVectorVecEnv(VecEnv):
     return ``r``, the length ``l``, and the seconds ``t`` since this object was made).
 
     In the same-step mode the vector environment does that itself. In the disabled mode, and in the next-step mode of
-    Gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` and of :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv`, it is asked
-    to, by ``reset(options={"reset_mask": ...})``.
+    Gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` and of :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv`, it is
+    asked to, by ``reset(options={"reset_mask": ...})``.
 
     Any other vector environment in the next-step mode (Gymnasium's ``CartPoleVectorEnv``) resets an ended sub-environment one
     step later, takes no action for it in that step, and cannot do it sooner without stepping the others. The step that ends
