@@ -44,7 +44,7 @@ class FastActing:
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.hidden_layers = [_numpy_layer(layer) for layer in head.hidden_layers]
-        self.final_weight, self.final_bias = _array(head.final_layer.weight), _array(head.final_layer.bias)
+        self.final_weight, self.final_bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> "FastActing | None":
@@ -124,14 +124,10 @@ def _is_float32_vector(space: spaces.Space[Any]) -> bool:
 def _numpy_layer(layer: HiddenLayer) -> NumpyLayer:
     norm = layer.layer_norm
     return NumpyLayer(
-        _array(layer.linear.weight),
-        _array(layer.linear.bias),
-        None if norm is None else _array(norm.weight),
-        None if norm is None else _array(norm.bias),
-        0.0 if norm is None else norm.eps,
+        layer.linear.weight.numpy(),
+        layer.linear.bias.numpy(),
+        None if norm is None else norm.weight.numpy(),
+        None if norm is None else norm.bias.numpy(),
+        0.0 if norm is None else norm.epsilon,
         np.float32(layer.negative_slope),
     )
-
-
-def _array(parameter: th.Tensor) -> np.ndarray:
-    return parameter.detach().numpy()

@@ -4,6 +4,7 @@ The head of the Q network, ``[Linear → LayerNorm → LeakyReLU] × n → Linea
 It computes what ``QNetwork.q_net`` and autograd compute, without modules and without a graph.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeGuard
 
 import torch as th
@@ -11,27 +12,58 @@ from torch import nn
 
 from sb3_lecture_dqn.policies import QNetwork
 
+# Tensors stand here instead of modules: asking a module for a parameter takes as long as a small operation.
+
+
+class LinearTensors(NamedTuple):
+    """Of a Linear layer; the transpose is a view."""
+
+    weight: th.Tensor
+    transposed_weight: th.Tensor
+    bias: th.Tensor
+
+
+class LayerNormTensors(NamedTuple):
+    """Of a LayerNorm, with its two settings."""
+
+    weight: th.Tensor
+    bias: th.Tensor
+    shape: list[int]
+    epsilon: float
+
 
 class HiddenLayer(NamedTuple):
     """Linear → LayerNorm (or nothing) → LeakyReLU, whose slope is 0 for ReLU."""
 
-    linear: nn.Linear
-    layer_norm: nn.LayerNorm | None
+    linear: LinearTensors
+    layer_norm: LayerNormTensors | None
     negative_slope: float
 
 
 class Head(NamedTuple):
-    """The layers behind the encoder."""
+    """The layers behind the encoder: their parameters, or the gradients of these."""
 
     hidden_layers: list[HiddenLayer]
-    final_layer: nn.Linear
+    final_layer: LinearTensors
 
 
-def read_head(q_net: QNetwork) -> Head | None:
+def gradient_of(parameter: th.Tensor) -> th.Tensor:
+    """
+    The place of a parameter's gradient, which the fast update allocated.
+
+    :param parameter: The parameter
+    :return: Its ``.grad``
+    """
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.Tensor.detach) -> Head | None:
     """
     The layers of a Q network, if they are of the lecture's kind.
 
     :param q_net: The network
+    :param tensor_of: What to take of a parameter, by default the memory of its values; or :func:`gradient_of`
     :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass of a user's own
     """
     if type(q_net).forward is not QNetwork.forward or has_hooks(q_net):
@@ -47,12 +79,27 @@ def read_head(q_net: QNetwork) -> Head | None:
             return None
         if layer_norm is not None and (layer_norm.weight is None or layer_norm.bias is None):
             return None
-        hidden_layers.append(HiddenLayer(linear, layer_norm, getattr(activation, "negative_slope", 0.0)))
-    return Head(hidden_layers, final_layer) if _is_full_linear(final_layer) else None
+        hidden_layers.append(
+            HiddenLayer(
+                _linear_tensors(linear, tensor_of),
+                None if layer_norm is None else _layer_norm_tensors(layer_norm, tensor_of),
+                getattr(activation, "negative_slope", 0.0),
+            )
+        )
+    return Head(hidden_layers, _linear_tensors(final_layer, tensor_of)) if _is_full_linear(final_layer) else None
 
 
 def _is_full_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and layer.bias is not None
+
+
+def _linear_tensors(layer: nn.Linear, tensor_of: Callable[[th.Tensor], th.Tensor]) -> LinearTensors:
+    weight = tensor_of(layer.weight)
+    return LinearTensors(weight, weight.t(), tensor_of(layer.bias))
+
+
+def _layer_norm_tensors(layer: nn.LayerNorm, tensor_of: Callable[[th.Tensor], th.Tensor]) -> LayerNormTensors:
+    return LayerNormTensors(tensor_of(layer.weight), tensor_of(layer.bias), list(layer.normalized_shape), layer.eps)
 
 
 def has_hooks(q_net: QNetwork) -> bool:
@@ -87,11 +134,11 @@ def forward(head: Head, features: th.Tensor) -> th.Tensor:
     :return: The Q values, shape (B, |A|)
     """
     for linear, layer_norm, negative_slope in head.hidden_layers:
-        features = th.addmm(linear.bias, features, linear.weight.t())
+        features = th.addmm(linear.bias, features, linear.transposed_weight)
         if layer_norm is not None:
             features, _, _ = _normalise(features, layer_norm)
         nn.functional.leaky_relu_(features, negative_slope)
-    return th.addmm(head.final_layer.bias, features, head.final_layer.weight.t())
+    return th.addmm(head.final_layer.bias, features, head.final_layer.transposed_weight)
 
 
 def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
@@ -104,68 +151,57 @@ def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
     """
     inputs, linear_outputs, means_and_rstds = [features], [], []
     for linear, layer_norm, negative_slope in head.hidden_layers:
-        output = th.addmm(linear.bias, inputs[-1], linear.weight.t())
+        output = th.addmm(linear.bias, inputs[-1], linear.transposed_weight)
         mean = rstd = output
         linear_outputs.append(output)
         if layer_norm is not None:
             output, mean, rstd = _normalise(output, layer_norm)
         means_and_rstds.append((mean, rstd))
         inputs.append(nn.functional.leaky_relu_(output, negative_slope))
-    q_values = th.addmm(head.final_layer.bias, inputs[-1], head.final_layer.weight.t())
+    q_values = th.addmm(head.final_layer.bias, inputs[-1], head.final_layer.transposed_weight)
     return HeadPass(inputs, linear_outputs, means_and_rstds, q_values)
 
 
-def backward(head: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool) -> th.Tensor | None:
+def backward(head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool) -> th.Tensor | None:
     """
-    Write the gradients of the head's parameters into their ``.grad``.
+    The gradients of the head's parameters.
 
     :param head: The layers
+    :param gradients: Where to write the gradients of their parameters
     :param made: The forward pass
     :param gradient: The gradient of the Q values, shape (B, |A|)
     :param needs_features: Whether the gradient of the features is needed
     :return: The gradient of the features, shape (B, features_dim), if needed
     """
-    _linear_gradients(head.final_layer, made.inputs[-1], gradient)
+    _linear_gradients(gradients.final_layer, made.inputs[-1], gradient)
     gradient = gradient @ head.final_layer.weight
     for index in reversed(range(len(head.hidden_layers))):
         linear, layer_norm, negative_slope = head.hidden_layers[index]
+        linear_gradients, layer_norm_gradients, _ = gradients.hidden_layers[index]
         # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
         th.ops.aten.leaky_relu_backward(gradient, made.inputs[index + 1], negative_slope, True, grad_input=gradient)
-        if layer_norm is not None:
-            gradient = _layer_norm_gradients(layer_norm, made.linear_outputs[index], *made.means_and_rstds[index], gradient)
-        _linear_gradients(linear, made.inputs[index], gradient)
+        if layer_norm is not None and layer_norm_gradients is not None:
+            gradient, weight_gradient, bias_gradient = th.ops.aten.native_layer_norm_backward(
+                gradient,
+                made.linear_outputs[index],
+                layer_norm.shape,
+                *made.means_and_rstds[index],
+                layer_norm.weight,
+                layer_norm.bias,
+                [True, True, True],
+            )
+            layer_norm_gradients.weight.copy_(weight_gradient)
+            layer_norm_gradients.bias.copy_(bias_gradient)
+        _linear_gradients(linear_gradients, made.inputs[index], gradient)
         if index > 0 or needs_features:
             gradient = gradient @ linear.weight
     return gradient if needs_features else None
 
 
-def _normalise(inputs: th.Tensor, layer_norm: nn.LayerNorm) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    return th.native_layer_norm(inputs, layer_norm.normalized_shape, layer_norm.weight, layer_norm.bias, layer_norm.eps)
+def _normalise(inputs: th.Tensor, layer_norm: LayerNormTensors) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    return th.native_layer_norm(inputs, layer_norm.shape, layer_norm.weight, layer_norm.bias, layer_norm.epsilon)
 
 
-def _layer_norm_gradients(
-    layer_norm: nn.LayerNorm, inputs: th.Tensor, mean: th.Tensor, rstd: th.Tensor, gradient: th.Tensor
-) -> th.Tensor:
-    needed = [True, True, True]
-    gradient, weight_gradient, bias_gradient = th.ops.aten.native_layer_norm_backward(
-        gradient, inputs, layer_norm.normalized_shape, mean, rstd, layer_norm.weight, layer_norm.bias, needed
-    )
-    gradient_of(layer_norm.weight).copy_(weight_gradient)
-    gradient_of(layer_norm.bias).copy_(bias_gradient)
-    return gradient
-
-
-def _linear_gradients(linear: nn.Linear, inputs: th.Tensor, gradient: th.Tensor) -> None:
-    th.mm(gradient.t(), inputs, out=gradient_of(linear.weight))
-    th.sum(gradient, dim=0, out=gradient_of(linear.bias))
-
-
-def gradient_of(parameter: th.Tensor) -> th.Tensor:
-    """
-    The place of a parameter's gradient, which the fast update allocated.
-
-    :param parameter: The parameter
-    :return: Its ``.grad``
-    """
-    assert parameter.grad is not None
-    return parameter.grad
+def _linear_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Tensor) -> None:
+    th.mm(gradient.t(), inputs, out=gradients.weight)
+    th.sum(gradient, dim=0, out=gradients.bias)

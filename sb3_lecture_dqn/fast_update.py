@@ -7,6 +7,8 @@ are one operation each. Saving and loading see nothing of this: the parameters a
 hold anyway.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -15,7 +17,7 @@ from torch import nn
 
 from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, has_hooks, read_head
 from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, is_plain_adam, views
-from sb3_lecture_dqn.policies import LectureDQNPolicy
+from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 
 #: What computes the same in training mode and in evaluation mode.
 MODELESS_MODULES = (
@@ -45,25 +47,32 @@ def split_observations(observations: Any, batch_size: int) -> list[Any]:
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
+def _head_of(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.Tensor.detach) -> Head:
+    head = read_head(q_net, tensor_of)
+    assert head is not None  # for_policy has looked
+    return head
+
+
 class FastUpdate:
     """
     The update for one policy.
 
-    :param policy: The policy; its parameters become views of flat tensors
+    :param policy: The policy, which :meth:`for_policy` has looked at; its parameters become views of flat tensors
     :param optimizer: Its optimizer
-    :param head: The layers of its Q network
-    :param target_head: The layers of its target network
     """
 
-    def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam, head: Head, target_head: Head) -> None:
-        self.policy, self.head, self.target_head = policy, head, target_head
+    def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
+        self.policy = policy
         self.parameters = list(policy.q_net.parameters())
+        self.target_parameters = list(policy.q_net_target.parameters())
         self.theta = flatten(self.parameters)
         self.gradient = th.zeros_like(self.theta)
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.gradients = views(self.gradient, self.parameters)
         for parameter, view in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = view
+        self.addresses = self._addresses()
+        self.head, self.target_head = _head_of(policy.q_net), _head_of(policy.q_net_target)
+        self.head_gradients = _head_of(policy.q_net, gradient_of)
         self.adam = FlatAdam(optimizer, self.theta, self.gradient)
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
@@ -81,11 +90,12 @@ class FastUpdate:
         heads = read_head(policy.q_net), read_head(policy.q_net_target)
         parameters = list(policy.q_net.parameters())
         kinds = {(p.device.type, p.dtype) for p in (*parameters, *policy.q_net_target.parameters())}
-        if heads[0] is None or heads[1] is None or len(kinds) > 1 or policy.device.type != "cpu":
+        if None in heads or len(kinds) > 1 or policy.device.type != "cpu":
             return None
-        if not is_plain_adam(policy.optimizer, parameters):
-            return None
-        return cls(policy, policy.optimizer, heads[0], heads[1])
+        return cls(policy, policy.optimizer) if is_plain_adam(policy.optimizer, parameters) else None
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in (*self.parameters, *self.target_parameters)]
 
     def is_current(self, policy: LectureDQNPolicy) -> bool:
         """
@@ -98,10 +108,8 @@ class FastUpdate:
             policy is self.policy
             and not has_hooks(policy.q_net)
             and not has_hooks(policy.q_net_target)
-            and all(
-                p.data_ptr() == address and p.grad is gradient
-                for p, address, gradient in zip(self.parameters, self.addresses, self.gradients, strict=True)
-            )
+            and self._addresses() == self.addresses
+            and all(p.grad is gradient for p, gradient in zip(self.parameters, self.gradients, strict=True))
             and self.adam.is_current()
         )
 
@@ -149,16 +157,16 @@ class FastUpdate:
             strict=True,
         )
         results = [self._step(*batch, max_grad_norm) for batch in batches]
-        q_values, gradient_norms = (th.stack(values) for values in zip(*results, strict=True))
+        q_values, squared_norms = (th.stack(values) for values in zip(*results, strict=True))
         targets = targets.view_as(q_values)
         losses = (q_values - targets).square_().mean(dim=(1, 2))
         self.adam.write_step_count()
-        return losses, q_values.mean(dim=(1, 2)), targets.mean(dim=(1, 2)), gradient_norms
+        return losses, q_values.mean(dim=(1, 2)), targets.mean(dim=(1, 2)), squared_norms.sqrt_()
 
     def _step(
         self, inputs: Any, actions: th.Tensor, targets: th.Tensor, max_grad_norm: float | None
     ) -> tuple[th.Tensor, th.Tensor]:
-        """One gradient step on observations, or on features without parameters; gives Q(s, a, θ) and the gradient's norm."""
+        """One gradient step on observations, or on features without parameters; gives Q(s, a, θ) and ‖gradient‖²."""
         features = inputs
         if self.has_trained_encoder:
             with th.enable_grad():
@@ -167,15 +175,16 @@ class FastUpdate:
         q_values = made.q_values.gather(1, actions)
         errors = (q_values - targets).mul_(2 / len(targets))
         gradient = th.zeros_like(made.q_values).scatter_(1, actions, errors)
-        features_gradient = backward(self.head, made, gradient, self.has_trained_encoder)
+        features_gradient = backward(self.head, self.head_gradients, made, gradient, self.has_trained_encoder)
         if features_gradient is not None:
             self._encoder_gradients(features, features_gradient)
-        gradient_norm = th.linalg.vector_norm(self.gradient)
+        squared_norm = th.dot(self.gradient, self.gradient)
         if max_grad_norm is not None:
-            # PyTorch's clip_grad_norm_ scales like this, without waiting for the device to compare
-            self.gradient.mul_((max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
+            scale = max_grad_norm / (math.sqrt(squared_norm) + 1e-6)  # that of PyTorch's clip_grad_norm_
+            if scale < 1:
+                self.gradient.mul_(scale)
         self.adam.step()
-        return q_values, gradient_norm
+        return q_values, squared_norm
 
     def _features(self, observations: Any) -> th.Tensor:
         q_net = self.policy.q_net

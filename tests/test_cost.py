@@ -37,12 +37,12 @@ def trained_model(**kwargs: Any) -> LectureDQN:
     return LectureDQN("MlpPolicy", "LunarLander-v3", seed=0, **settings).learn(100)
 
 
-def test_a_gradient_step_is_31_operations_and_those_that_a_training_call_shares_are_34() -> None:
+def test_a_gradient_step_is_31_operations_and_those_that_a_training_call_shares_are_35() -> None:
     model = trained_model()
     one, five = (operations_of(lambda n=n: model.train(n, 128)).total() for n in (1, 5))
     each = (five - one) / 4
     assert each <= 31
-    assert one - each <= 34
+    assert one - each <= 35
 
 
 def test_the_plain_path_needs_many_times_more() -> None:
@@ -65,7 +65,7 @@ def test_adam_and_the_norm_of_the_gradient_are_one_operation_each() -> None:
     model = trained_model(max_grad_norm=10)
     counts = operations_of(lambda: model.train(4, 128))
     assert counts["_fused_adam_.default"] == 4
-    assert counts["linalg_vector_norm.default"] == 4
+    assert counts["dot.default"] == 4
 
 
 def test_acting_in_one_environment_needs_nothing_of_pytorch() -> None:
