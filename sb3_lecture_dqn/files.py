@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.save_util import json_to_data, open_path
+
+from sb3_lecture_dqn.processes import here, is_alive
 
 #: Member of a model file with the SHA-256 of each other member.
 CHECKSUMS = "checksums.json"
@@ -22,11 +25,16 @@ def replace_when_written(target: Path) -> Iterator[Path]:
     """
     Write a file beside its target and rename it at the end, so that a failure leaves the previous file whole.
 
+    What a process left that was killed here is removed by the next that writes the same target.
+
     :param target: The file to replace; its folder is made if it is missing
     :return: The path to write to, in the same folder and with the same ending as the target
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex}{target.suffix}")
+    # in the name: who writes it, and that no two threads of a process do
+    prefix = f".{target.stem}-{hashlib.sha256(here().encode()).hexdigest()[:8]}-"
+    _remove_leftovers(target, prefix)
+    unfinished = target.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield unfinished
         with unfinished.open("rb+") as file:
@@ -34,6 +42,13 @@ def replace_when_written(target: Path) -> Iterator[Path]:
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path, prefix: str) -> None:
+    for path in target.parent.iterdir():
+        parts = re.fullmatch(rf"{re.escape(prefix)}(\d+)-[0-9a-f]{{32}}{re.escape(target.suffix)}", path.name)
+        if parts and not is_alive(int(parts[1])):
+            path.unlink(missing_ok=True)
 
 
 def add_checksums(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,6 +32,14 @@ def one_thread_and_clean_generators() -> Iterator[None]:
     yield
     np.random.set_state(numpy_state)
     th.set_rng_state(torch_state)
+
+
+@pytest.fixture
+def dead_process_id() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.files import replace_when_written
 
 OBSERVATIONS = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
@@ -109,6 +112,30 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained: LectureDQN,
         model.save(tmp_path / "model")
     assert (tmp_path / "model.zip").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+KILLED_SAVE = """
+import os, pathlib, signal, sys
+from sb3_lecture_dqn.files import replace_when_written
+with replace_when_written(pathlib.Path(sys.argv[1])) as unfinished:
+    unfinished.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_one(trained: LectureDQN, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED_SAVE, str(tmp_path / "model.zip")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.read_text() == "half"
+    trained.save(tmp_path / "other.zip")
+    assert left.exists()
+    with replace_when_written(tmp_path / "model.zip") as unfinished:
+        assert not left.exists()
+        trained.save(unfinished)
+        with replace_when_written(tmp_path / "model.zip") as of_another_thread:
+            assert unfinished.exists()
+            trained.save(of_another_thread)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.zip", "other.zip"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

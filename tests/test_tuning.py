@@ -19,10 +19,11 @@ from optuna.trial import TrialState
 from postgres import PostgresServer
 
 from sb3_lecture_dqn import LectureDQN, tune, zoo
+from sb3_lecture_dqn.processes import here
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, wait_for_outages
-from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, here, open_study
+from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
 SEARCH = ["-optimize", "--no-optim-plots", "-n", "200", "--eval-episodes", "1", "--n-evaluations", "1", "--pruner", "none"]
@@ -179,18 +180,12 @@ def claimed_trial(study: optuna.Study, life: dict[str, Any]) -> None:
     study.ask().set_user_attr("runner", "other")
 
 
-def dead_process_id() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(storage_url: str) -> None:
+def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(storage_url: str, dead_process_id: int) -> None:
     study = open_cartpole_study(storage_url, "retries")
     runner = Runner(study, max_retries=2)
     seen = []
     for _ in range(3):
-        claimed_trial(study, {"host": here(), "pid": dead_process_id(), "beats": 1})
+        claimed_trial(study, {"host": here(), "pid": dead_process_id, "beats": 1})
         runner.put_lost_trials_back()
         seen.append(study.trials[0].state)
     assert seen == [TrialState.WAITING, TrialState.WAITING, TrialState.FAIL]
@@ -212,7 +207,9 @@ def test_a_trial_of_another_host_is_lost_when_its_runner_has_been_silent_for_som
     assert [trial.state for trial in study.trials] == [TrialState.WAITING, TrialState.WAITING]
 
 
-def test_a_trial_that_nobody_claimed_is_lost_when_all_who_could_have_asked_for_it_are_gone(tmp_path: Path) -> None:
+def test_a_trial_that_nobody_claimed_is_lost_when_all_who_could_have_asked_for_it_are_gone(
+    tmp_path: Path, dead_process_id: int
+) -> None:
     study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
     study.set_user_attr(RUNNER + "other", {"host": "elsewhere", "pid": 1, "beats": 1})
     study.ask()
@@ -220,7 +217,7 @@ def test_a_trial_that_nobody_claimed_is_lost_when_all_who_could_have_asked_for_i
         assert study.trials[0].state == TrialState.RUNNING
     assert study.trials[0].state == TrialState.RUNNING
 
-    study.set_user_attr(RUNNER + "other", {"host": here(), "pid": dead_process_id(), "beats": 1})
+    study.set_user_attr(RUNNER + "other", {"host": here(), "pid": dead_process_id, "beats": 1})
     with Runner(study):
         assert study.trials[0].state == TrialState.WAITING
 

@@ -1,8 +1,6 @@
 """Which study it is, who runs its trials, and which of them are lost."""
 
-import contextlib
 import os
-import socket
 import threading
 import uuid
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 
+from sb3_lecture_dqn.processes import here, is_alive
 from sb3_lecture_dqn.tuning.storage import (
     TuningError,
     first_line,
@@ -155,17 +154,6 @@ class Runner:
             self.put_lost_trials_back()
 
 
-def here() -> str:
-    """
-    Name the place where a process number means the same process.
-
-    :return: The host's name; with the process namespace where there is one, because containers may share their host's name
-    """
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
 def _runner_of(trial: FrozenTrial) -> str:
     runner = trial.user_attrs.get("runner")
     return RUNNER + runner if runner else f"trial {trial.number}"
@@ -174,17 +162,7 @@ def _runner_of(trial: FrozenTrial) -> str:
 def _has_ended(life: dict[str, Any] | None) -> bool:
     if not life:
         return False
-    return life.get("ended", False) or (life["host"] == here() and not _is_there(life["pid"]))
-
-
-def _is_there(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return life.get("ended", False) or (life["host"] == here() and not is_alive(life["pid"]))
 
 
 def give_up_or_put_back(study: optuna.Study, trial: FrozenTrial, reason: str, max_retries: int) -> bool:
