@@ -52,7 +52,7 @@ class Pixels(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
         return np.ascontiguousarray(observation.transpose(2, 0, 1)).astype(np.uint8) * 255
 
 
-class OneConvolution(BaseFeaturesExtractor):
+class Encoder(BaseFeaturesExtractor):
     """
     The encoder of MinAtar's paper: one 3 × 3 convolution of 16 channels.
 

@@ -11,7 +11,9 @@ Both algorithms train with the same budget, seed by seed and in turn, one proces
 environments and with the settings that the zoo's own manager makes of a hyperparameter entry. A run whose line is in its
 result file is not repeated, unless the entry has changed since; a run that is killed loses only itself.
 
-Evaluations do not count as time of training. ``tables.py`` and ``figures.py`` show what is in the result files. Needs ``sb3-lecture-dqn[dev]``, and MinAtar for its row.
+Evaluations do not count as time of training. ``tables.py`` and ``figures.py`` show what is in the result files.
+
+Needs ``sb3-lecture-dqn[dev]``, and MinAtar for its row.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import copy
 import dataclasses
 import datetime
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -90,12 +93,12 @@ class Row:
     is_relative: bool = False
 
 
-#: The settings of MinAtar's paper (https://arxiv.org/abs/1903.03176), with Adam, and an update every fourth step as the zoo has
-#: it for Atari. One 3 x 3 convolution of 16 channels, and the same two layers behind it for both.
+#: The settings of MinAtar's paper (https://arxiv.org/abs/1903.03176), with Adam, and an update every fourth step as the zoo
+#: has it for Atari. One 3 x 3 convolution of 16 channels, and the same two layers behind it for both.
 MINATAR = {
     "env_wrapper": "minatar_breakout.Pixels",
     "policy": "CnnPolicy",
-    "policy_kwargs": "dict(features_extractor_class=get_class_by_name('minatar_breakout.OneConvolution'), net_arch=[256, 256])",
+    "policy_kwargs": "dict(net_arch=[256, 256], features_extractor_class=get_class_by_name('minatar_breakout.Encoder'))",
     "learning_rate": 2.5e-4,
     "buffer_size": 100_000,
     "batch_size": 32,
@@ -162,11 +165,17 @@ def read_entry(run: Run) -> dict[str, Any]:
 
 def _read_file_entry(algorithm: str, env_id: str) -> dict[str, Any]:
     if algorithm == "lecture_dqn":
-        entries = yaml.safe_load(HYPERPARAMS_FILE.read_text())
+        entries = _read_yaml(HYPERPARAMS_FILE)
     else:
-        entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algorithm}.yml").read_text())
+        entries = _read_yaml(Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algorithm}.yml")
         env_id = env_id.replace("LunarLander-v2", "LunarLander-v3")  # the zoo has renamed its entry
     return dict(entries.get(env_id, entries["default"]))
+
+
+@functools.cache
+def _read_yaml(file: Path) -> dict[str, Any]:
+    entries: dict[str, Any] = yaml.safe_load(file.read_text())
+    return entries
 
 
 def settings_in_use(run: Run) -> dict[str, Any]:
@@ -247,7 +256,8 @@ class LearningCurve(BaseCallback):
         return round(time.perf_counter() - self._start - self._paused, 2)
 
     def _on_step(self) -> bool:
-        if self.num_timesteps >= (len(self.points) + 1) * self.steps / N_EVALUATIONS:
+        n_points = len(self.points)  # a training goes on to the end of its last train_freq
+        if n_points < N_EVALUATIONS and self.num_timesteps >= (n_points + 1) * self.steps / N_EVALUATIONS:
             seconds, pause_start = self.training_seconds(), time.perf_counter()
             mean_return = round(float(np.mean(self.evaluate(self.model))), 4)
             self.points.append((self.num_timesteps, seconds, mean_return))
@@ -286,6 +296,7 @@ def train_and_evaluate(run: Run, report: Callable[[str], None] = lambda line: No
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "settings": settings_in_use(run),
+        "steps": model.num_timesteps,
         "training_seconds": training_seconds,
         "curve": curve.points,
         "returns": returns,
@@ -346,16 +357,13 @@ def read_results(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
 
 
 def results_of(runs: Iterable[Run], folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The results of runs that are done, each with the settings that it would have today."""
+    """The results of those runs that are done, in their order; a line with other settings than today's is not of the run."""
+    read = functools.cache(lambda name: read_results(name, folder))
     results = []
     for run in runs:
-        settings = settings_in_use(run)
-        fitting = (
-            result
-            for result in read_results(run.name, folder)
-            if (result["algorithm"], result["seed"], result["settings"]) == (run.algorithm, run.seed, settings)
-        )
-        results += [result for result in [next(fitting, None)] if result is not None]
+        wanted = run.algorithm, run.seed, settings_in_use(run)
+        fitting = [line for line in read(run.name) if (line["algorithm"], line["seed"], line["settings"]) == wanted]
+        results += fitting[:1]
     return results
 
 
@@ -401,7 +409,7 @@ def carry_out(run: Run, folder: Path) -> None:
 
 
 def run_in_processes(
-    runs: Sequence[Run], folder: Path, n_processes: int, work: Callable[[Run, Path], None] = carry_out
+    runs: Sequence[Any], folder: Path, n_processes: int, work: Callable[[Any, Path], None] = carry_out
 ) -> int:
     """
     Start a process for each run, so many at once.
@@ -434,9 +442,7 @@ def run_in_processes(
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}"
-    )
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: as many as the row asks for")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")

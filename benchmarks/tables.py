@@ -6,8 +6,8 @@ Generate the tables of README.md and docs/results.md from the result files of ``
     python benchmarks/tables.py
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``. Interquartile means and their 95 % intervals
-(stratified bootstrap over the seeds) are computed by rliable (https://arxiv.org/abs/2108.13264). A row with fewer seeds than it
-asks for says how many it has.
+(stratified bootstrap over the seeds) are computed by rliable (https://arxiv.org/abs/2108.13264). A row with fewer seeds than
+it asks for says how many it has.
 """
 
 import re
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from results import FOLDER, ROWS, Row, results_of, runs_of, score
-from rliable import metrics
 from rliable.library import get_interval_estimates
 
 from sb3_lecture_dqn.seeding import numpy_draws_from
@@ -54,8 +53,15 @@ class Interval(NamedTuple):
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of the middle half of the seeds at each point, shape (n_seeds, n) to (n,)."""
-    return np.array([metrics.aggregate_iqm(column) for column in values.T])
+    """
+    The mean of the middle half of the seeds at each point: rliable's ``aggregate_iqm``, quicker and for many points at once.
+
+    :param values: Shape (n_seeds, n)
+    :return: Shape (n,)
+    """
+    n_cut = len(values) // 4
+    middle: np.ndarray = np.sort(values, axis=0)[n_cut : len(values) - n_cut].mean(axis=0)
+    return middle
 
 
 def estimate(values: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., np.ndarray], n_resamples: int) -> Interval:
@@ -143,9 +149,8 @@ def verdict_cell(row: Row, by_algorithm: dict[str, Results]) -> str:
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)).replace(
-        "| --- ", "|---"
-    )
+    head_line, *other_lines = ("| " + " | ".join(cells) + " |" for cells in (head, *lines))
+    return "\n".join([head_line, "|---" * len(head) + "|", *other_lines])
 
 
 def _rows(settings: str) -> dict[str, Row]:
@@ -208,10 +213,12 @@ def seed_table(folder: Path) -> str:
     lines = []
     for name, row in ROWS.items():
         for algorithm, results in read_row(name, folder).items():
+            if not results:
+                continue
             scores = dict(zip((result["seed"] for result in results), scores_of(row, results), strict=True))
             cells = [number(scores[seed]) if seed in scores else "" for seed in range(10)]
             lines.append([name, NAMES[algorithm], *cells])
-    return _table(["row", "", *(f"seed {seed}" for seed in range(10))], lines)
+    return _table(["row", "", *(f"seed {seed}" for seed in range(10))], lines) if lines else NOT_RUN.capitalize() + "."
 
 
 def diverged_list(folder: Path) -> str:

@@ -44,7 +44,7 @@ CARD = """\
 | command | `{command}` |
 | environment steps | {steps} |
 | seed | {seed} |
-| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation of {episodes} greedy episodes on fresh seeds, the final model) |
+| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation, {episodes} greedy episodes on fresh seeds; the final model) |
 | versions | {versions} |
 | trained on | {date} |
 | licence | MIT |

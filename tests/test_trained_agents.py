@@ -3,7 +3,6 @@
 import base64
 import os
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from hatchling.builders.wheel import WheelBuilder
 from sb3_lecture_dqn import LectureDQN
 
 AGENTS = sorted((trained_agent.AGENTS / "lecture_dqn").glob("*_1"))
-RETURN = re.compile(r"\| return \| \*\*-?\d+\.\d\d ± \d+\.\d\d\*\* \(mean ± standard deviation of 100 greedy episodes")
+RETURN = re.compile(r"\| return \| \*\*-?\d+\.\d\d ± \d+\.\d\d\*\* \(mean ± standard deviation, 100 greedy episodes")
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +57,19 @@ def test_an_agent_says_nothing_about_the_machine_it_was_made_on(made_agent: Path
         assert all(secret.encode() not in content for content in contents), secret
 
 
-def test_enjoy_plays_an_agent(made_agent: Path) -> None:
+def test_enjoy_plays_an_agent(made_agent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rl_zoo3.enjoy import enjoy
+
+    monkeypatch.chdir(made_agent.parents[2])
     arguments = ["--algo", "lecture_dqn", "--env", "CartPole-v1", "-f", made_agent.parents[1].name, "--no-render", "-n", "600"]
-    result = subprocess.run(
-        [sys.executable, "-m", "rl_zoo3.enjoy", *arguments],
-        cwd=made_agent.parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Mean reward:" in result.stdout
+    monkeypatch.setattr(sys, "argv", ["enjoy", *arguments])
+    enjoy()
+    assert "Mean reward:" in capsys.readouterr().out
 
 
 def test_training_goes_on_from_an_agent(made_agent: Path) -> None:
-    model = LectureDQN.load(made_agent / "CartPole-v1.zip", env="CartPole-v1", learning_starts=0, train_freq=4)
+    env = gymnasium.make("CartPole-v1")
+    model = LectureDQN.load(made_agent / "CartPole-v1.zip", env=env, learning_starts=0, train_freq=4)
     before = model._n_updates
     model.learn(40, reset_num_timesteps=False)
     assert model._n_updates > before
