@@ -121,9 +121,10 @@ def draw_iqm(rows: Rows) -> Figure:
             axes.plot(scores, [height] * len(scores), "o", color=color, markersize=3, alpha=0.8)
         if row.target is not None:
             axes.axvline(row.target, color="#555555", linestyle=":", linewidth=1)
-        axes.set_title(title_of(name) + (", % above the optimal driver" if row.is_relative else ""))
+        axes.set_title(title_of(name) + (", % against the optimal driver" if row.is_relative else ""))
         axes.set_yticks([])
-        axes.margins(y=0.2)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.06, y=0.2)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     figure.supxlabel(
         "return of 100 greedy episodes: interquartile mean, its 95 % interval, and each seed; dotted: to reach",
@@ -169,8 +170,8 @@ def draw_time_to_solve(name: str, by_algorithm: dict[str, Results]) -> Figure:
     axes.set(ylim=(0, 1.02), xlabel="seconds of training", ylabel=f"seeds with an evaluation ≥ {row.solved:.0f}")
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    figure.suptitle(title_of(name).replace("\n", ", "), fontsize="medium")
-    axes.legend(loc="lower right")
+    axes.set_title(title_of(name).replace("\n", ", "))
+    add_legend(figure, axes)
     return figure
 
 

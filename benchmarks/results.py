@@ -229,7 +229,7 @@ def greedy_returns(model: Any, env: VecEnv, n_episodes: int) -> list[float]:
     if training_env is not None:
         sync_envs_normalization(training_env, env)
     returns, _ = evaluate_policy(model, env, n_episodes, deterministic=True, return_episode_rewards=True)
-    return [round(float(episode_return), 4) for episode_return in returns]  # type: ignore[union-attr]
+    return [round(float(episode_return), 2) for episode_return in returns]  # type: ignore[union-attr]
 
 
 class LearningCurve(BaseCallback):
@@ -259,7 +259,7 @@ class LearningCurve(BaseCallback):
         n_points = len(self.points)  # a training goes on to the end of its last train_freq
         if n_points < N_EVALUATIONS and self.num_timesteps >= (n_points + 1) * self.steps / N_EVALUATIONS:
             seconds, pause_start = self.training_seconds(), time.perf_counter()
-            mean_return = round(float(np.mean(self.evaluate(self.model))), 4)
+            mean_return = round(float(np.mean(self.evaluate(self.model))), 2)
             self.points.append((self.num_timesteps, seconds, mean_return))
             self._paused += time.perf_counter() - pause_start
             self.report(

@@ -25,7 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch as th
 import yaml
-from results import FINAL_EPISODES, FIRST_FINAL_SEED, N_EVALUATION_ENVS, PACKAGES, SEEDS_OF_EACH, greedy_returns
+from results import (
+    FINAL_EPISODES,
+    FIRST_FINAL_SEED,
+    N_EVALUATION_ENVS,
+    PACKAGES,
+    SEEDS_OF_EACH,
+    greedy_returns,
+    optimal_return,
+)
 from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -44,7 +52,8 @@ CARD = """\
 | command | `{command}` |
 | environment steps | {steps} |
 | seed | {seed} |
-| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation, {episodes} greedy episodes on fresh seeds; the final model) |
+| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation, {episodes} greedy episodes on fresh seeds){reference} |
+| which model | the final one, not the best checkpoint |
 | versions | {versions} |
 | trained on | {date} |
 | licence | MIT |
@@ -121,6 +130,10 @@ def evaluate(model: LectureDQN, env_id: str, folder: Path, seed: int) -> list[fl
 
 def make_card(env_id: str, command: list[str], seed: int, steps: int, returns: list[float]) -> str:
     """The model card."""
+    reference = ""
+    if env_id == "RoboParking-v0":
+        optimum = optimal_return(env_id, FIRST_FINAL_SEED + SEEDS_OF_EACH * seed)
+        reference = f"; from the same starts, the optimal driver has {optimum:.2f}"
     return CARD.format(
         env=env_id,
         command=shlex.join(command),
@@ -129,6 +142,7 @@ def make_card(env_id: str, command: list[str], seed: int, steps: int, returns: l
         mean=np.mean(returns),
         std=np.std(returns),
         episodes=len(returns),
+        reference=reference,
         versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
