@@ -368,12 +368,13 @@ def results_of(runs: Iterable[Run], folder: Path = FOLDER) -> list[dict[str, Any
 
 
 def append_result(result: dict[str, Any], folder: Path) -> None:
-    """Add a line to its result file: the file is replaced by a longer one, or stays as it was."""
+    """Add a line to its result file, unless the run has one: the file is replaced by a longer one, or stays as it was."""
     with _locked(folder):
-        file = result_file(result["row"], folder)
-        lines = file.read_text() if file.exists() else ""
-        with replace_when_written(file) as unfinished:
-            unfinished.write_text(lines + json.dumps(result, ensure_ascii=False) + "\n")
+        lines = read_results(result["row"], folder)
+        if any(all(line[key] == result[key] for key in ("algorithm", "seed", "settings")) for line in lines):
+            return
+        with replace_when_written(result_file(result["row"], folder)) as unfinished:
+            unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*lines, result]))
 
 
 @contextlib.contextmanager

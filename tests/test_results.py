@@ -158,16 +158,17 @@ def test_a_crash_while_a_line_is_written_leaves_the_file_whole(tmp_path: Path, m
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match="no space left"):
-        write_results(CARTPOLE, 1, tmp_path)
+        write_results(CARTPOLE, 2, tmp_path)
     assert results.result_file(CARTPOLE, tmp_path).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["CartPole-v1.jsonl"]
 
 
-def test_lines_that_are_written_at_once_are_all_there(tmp_path: Path) -> None:
-    runs = results.runs_of(CARTPOLE, ROWS[CARTPOLE])
+def test_lines_that_are_written_at_once_are_all_there_and_none_twice(tmp_path: Path) -> None:
+    runs = results.runs_of(CARTPOLE, ROWS[CARTPOLE], seeds=range(4))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda run: results.append_result(made_up_result(run), tmp_path), runs))
+        list(pool.map(lambda run: results.append_result(made_up_result(run), tmp_path), runs * 2))
     assert len(results.results_of(runs, tmp_path)) == len(runs)
+    assert len(results.read_results(CARTPOLE, tmp_path)) == len(runs)
 
 
 def test_a_result_of_other_settings_is_not_counted(tmp_path: Path) -> None:

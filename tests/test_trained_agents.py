@@ -81,6 +81,13 @@ def test_a_committed_agent_loads_is_small_and_has_a_card(folder: Path) -> None:
     check_agent(folder)
 
 
+def test_every_agent_that_the_readme_plays_is_there() -> None:
+    readme = (trained_agent.AGENTS.parent / "README.md").read_text(encoding="utf-8")
+    played = re.findall(r"--env (\S+) -f rl-trained-agents", readme)
+    assert played
+    assert {f"{env_id}_1" for env_id in played} <= {folder.name for folder in AGENTS}
+
+
 def test_the_wheel_holds_the_package_and_no_agents() -> None:
     files = {file.relative_path for file in WheelBuilder(str(trained_agent.AGENTS.parent)).recurse_included_files()}
     assert {Path(file).parts[0] for file in files} == {"sb3_lecture_dqn", "hyperparams"}
