@@ -1,0 +1,186 @@
+"""
+Train an agent by the zoo's own command, and put it where ``rl_zoo3.enjoy -f rl-trained-agents`` finds it, with a model card.
+
+::
+
+    python benchmarks/trained_agent.py --env CartPole-v1 --seed 0
+    python benchmarks/trained_agent.py --env LunarLander-v2 --seed 0 --steps 500000
+    python -m rl_zoo3.enjoy --algo lecture_dqn --env CartPole-v1 -f rl-trained-agents
+
+The final model is kept, not the best checkpoint, without replay buffer and without the state of its optimizer; and it is
+evaluated on seeds that neither a training nor a search has used.
+"""
+
+import argparse
+import datetime
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch as th
+import yaml
+from results import (
+    FINAL_EPISODES,
+    FIRST_FINAL_SEED,
+    N_EVALUATION_ENVS,
+    PACKAGES,
+    SEEDS_OF_EACH,
+    greedy_returns,
+    optimal_return,
+)
+from rl_zoo3.utils import create_test_env, get_saved_hyperparams
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_lecture_dqn import LectureDQN
+
+AGENTS = Path(__file__).parents[1] / "rl-trained-agents"
+MAX_BYTES = 1_000_000
+
+CARD = """\
+# {env}, trained with LectureDQN
+
+| | |
+|---|---|
+| environment | `{env}` |
+| algorithm | [`LectureDQN`](../../../README.md): the Deep Q Network of a Cambridge lecture |
+| command | `{command}` |
+| environment steps | {steps} |
+| seed | {seed} |
+| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation, {episodes} greedy episodes on fresh seeds){reference} |
+| which model | the final one, not the best checkpoint |
+| versions | {versions} |
+| trained on | {date} |
+| licence | MIT |
+
+Watch it, in a clone of this repository:
+
+```sh
+python -m rl_zoo3.enjoy --algo lecture_dqn --env {env} -f rl-trained-agents
+```
+
+The file holds both networks and neither the replay buffer nor the state of the optimizer: training can go on from it, with
+Adam's averages starting from 0. As every model of SB3 it holds pickles; load only files that you trust. The figures come from
+`python benchmarks/trained_agent.py`.
+"""
+
+
+def train(env_id: str, seed: int, steps: int | None, folder: Path) -> list[str]:
+    """
+    Run the zoo's command.
+
+    :param env_id: Environment id
+    :param seed: Seed
+    :param steps: Environment steps; ``None`` for the hyperparameter entry's
+    :param folder: The working folder, in which the zoo makes ``logs``
+    :return: The command, as a user would type it
+    """
+    arguments = ["-m", "rl_zoo3.train", "--algo", "lecture_dqn", "--env", env_id, "--seed", str(seed), "--eval-freq", "-1"]
+    arguments += [] if steps is None else ["-n", str(steps)]
+    subprocess.run([sys.executable, *arguments], cwd=folder, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return ["python", *arguments]
+
+
+def publish(env_id: str, log_folder: Path, target: Path) -> LectureDQN:
+    """
+    Copy what playing needs from the zoo's log folder, and nothing else.
+
+    :param env_id: Environment id
+    :param log_folder: What the zoo's command has written, ``logs/lecture_dqn/<env>_1``
+    :param target: The agent's folder; what is in it is replaced
+    :return: The model
+    :raises ValueError: if the model's file is too large
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    (target / env_id).mkdir(parents=True)
+    for name in ("config.yml", "args.yml", "vecnormalize.pkl"):
+        source = log_folder / env_id / name
+        if source.exists():
+            shutil.copyfile(source, target / env_id / name)
+    model = LectureDQN.load(log_folder / f"{env_id}.zip", device="cpu")
+    model.policy.optimizer.state.clear()
+    file = target / f"{env_id}.zip"
+    model.save(file)
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} must have at most {MAX_BYTES} bytes, got {file.stat().st_size}")
+    return model
+
+
+def evaluate(model: LectureDQN, env_id: str, folder: Path, seed: int) -> list[float]:
+    """The returns of greedy episodes in the environment that the zoo's enjoy makes of an agent's folder."""
+    hyperparams, stats_path = get_saved_hyperparams(str(folder / env_id), test_mode=True)
+    env = create_test_env(
+        env_id,
+        n_envs=N_EVALUATION_ENVS,
+        stats_path=stats_path,
+        seed=FIRST_FINAL_SEED + SEEDS_OF_EACH * seed,
+        should_render=False,
+        hyperparams=hyperparams,
+        vec_env_cls=DummyVecEnv,
+    )
+    returns = greedy_returns(model, env, FINAL_EPISODES)
+    env.close()
+    return returns
+
+
+def make_card(env_id: str, command: list[str], seed: int, steps: int, returns: list[float]) -> str:
+    """The model card."""
+    reference = ""
+    if env_id == "RoboParking-v0":
+        optimum = optimal_return(env_id, FIRST_FINAL_SEED + SEEDS_OF_EACH * seed)
+        reference = f"; from the same starts, the optimal driver has {optimum:.2f}"
+    return CARD.format(
+        env=env_id,
+        command=shlex.join(command),
+        seed=seed,
+        steps=f"{steps:,}".replace(",", " "),
+        mean=np.mean(returns),
+        std=np.std(returns),
+        episodes=len(returns),
+        reference=reference,
+        versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    )
+
+
+def make_agent(env_id: str, seed: int, steps: int | None, agents: Path) -> Path:
+    """
+    Train, publish, evaluate.
+
+    :param env_id: Environment id
+    :param seed: Seed
+    :param steps: Environment steps; ``None`` for the hyperparameter entry's
+    :param agents: The folder of all agents
+    :return: The agent's folder
+    """
+    target = agents / "lecture_dqn" / f"{env_id}_1"
+    with tempfile.TemporaryDirectory() as folder:
+        command = train(env_id, seed, steps, Path(folder))
+        log_folder = Path(folder) / "logs" / "lecture_dqn" / f"{env_id}_1"
+        model = publish(env_id, log_folder, target)
+    returns = evaluate(model, env_id, target, seed)
+    config = yaml.unsafe_load((target / env_id / "config.yml").read_text())
+    (target / "README.md").write_text(make_card(env_id, command, seed, int(steps or config["n_timesteps"]), returns))
+    return target
+
+
+def main() -> None:
+    """Make an agent and say how good it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", required=True, help="environment id")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="environment steps (default: the hyperparameter entry's)")
+    parser.add_argument("--folder", type=Path, default=AGENTS, help="the folder of all agents")
+    arguments = parser.parse_args()
+    th.set_num_threads(1)
+    target = make_agent(arguments.env, arguments.seed, arguments.steps, arguments.folder)
+    print((target / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""The result tables: how they are made, and that those in README.md and docs/results.md are the result files'."""
+
+import dataclasses
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import figures
+import gymnasium
+import minatar_breakout
+import numpy as np
+import pytest
+import results
+import tables
+from dying import KILLED, write_or_die
+from gymnasium import spaces
+from matplotlib import pyplot as plt
+from results import ROWS, Run
+from rliable import metrics
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_lecture_dqn import DivergenceError, LectureDQN
+from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs
+
+CARTPOLE = "CartPole-v1"
+
+
+def made_up_result(run: Run, mean_return: float = 0.0, curve: tuple[tuple[int, float, float], ...] = ()) -> dict[str, Any]:
+    """A line as a training writes it."""
+    return {
+        "row": run.name,
+        "env": run.row.env,
+        "algorithm": run.algorithm,
+        "seed": run.seed,
+        "date": "2030-01-01",
+        "versions": {"python": "3.11.7"},
+        "settings": results.settings_in_use(run),
+        "training_seconds": 50.0,
+        "curve": curve,
+        "returns": [mean_return] * 100,
+        "optimal_return": -66.0,
+    }
+
+
+def write_results(name: str, n_seeds: int, folder: Path, ours: float = 1.0, theirs: float = 0.0) -> None:
+    """A result file with so many seeds of both algorithms."""
+    for run in results.runs_of(name, ROWS[name], seeds=range(n_seeds)):
+        mean_return = ours if run.algorithm == "lecture_dqn" else theirs
+        results.append_result(made_up_result(run, mean_return + run.seed), folder)
+
+
+def row_of_table(table: str, env: str) -> list[str]:
+    """The cells of the first line of an environment."""
+    line = next(line for line in table.splitlines() if line.startswith(f"| {env} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --- What is committed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", tables.FILES, ids=lambda file: file.name)
+def test_the_tables_are_those_of_the_result_files(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert "<!-- results:" in text
+    assert tables.fill_in(text) == text, "python benchmarks/tables.py"
+
+
+def test_every_committed_result_was_made_with_the_settings_in_force() -> None:
+    for name, row in ROWS.items():
+        lines = results.read_results(name)
+        runs = {(run.algorithm, run.seed): run for run in results.runs_of(name, row)}
+        assert len(lines) == len({(line["algorithm"], line["seed"]) for line in lines}), f"{name}: a run is there twice"
+        for line in lines:
+            run = runs[line["algorithm"], line["seed"]]
+            assert line["settings"] == results.settings_in_use(run), f"{run}: trained with settings that have changed since"
+            assert len(line["returns"]) == results.FINAL_EPISODES
+
+
+@pytest.mark.skipif(not figures.read_rows(results.FOLDER), reason="there are no results yet")
+def test_the_pictures_of_the_results_are_committed_at_a_sensible_size() -> None:
+    for name in tables.PICTURES:
+        picture = tables.IMAGES / f"{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size < 400_000
+
+
+# --- Running --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_run_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["results.py", "--rows", CARTPOLE, "--steps", "300", "--seeds", "0", "--algorithms", "lecture_dqn"]
+    monkeypatch.setattr(sys, "argv", [*command, "--processes", "1", "--folder", str(tmp_path)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results.main()
+    output = capfd.readouterr().out
+    assert "CartPole-v1 lecture_dqn seed 0: 300 of 300 steps" in output
+    assert "CartPole-v1 lecture_dqn seed 0: done; 1 of 1 runs" in output
+    file = tmp_path / "CartPole-v1.jsonl"
+    check_line(json.loads(file.read_text()), "lecture_dqn")
+
+    before = file.read_bytes()
+    results.main()
+    assert "1 of 1 runs are there already" in capfd.readouterr().out
+    assert file.read_bytes() == before
+
+
+def check_line(line: dict[str, Any], algorithm: str) -> None:
+    """What the line of a run of 300 steps on CartPole says."""
+    assert (line["algorithm"], line["seed"]) == (algorithm, 0)
+    assert line["settings"]["n_timesteps"] == 300
+    assert line["settings"]["tau"] == 1.0  # not in the entry: the constructor's default
+    assert line["steps"] >= 300
+    assert line["versions"]["torch"]
+    assert [steps for steps, _, _ in line["curve"]] == list(range(15, 301, 15))
+    assert 0 < line["curve"][-1][1] <= line["training_seconds"]
+    assert len(line["returns"]) == 100
+    assert all(episode_return >= 1 for episode_return in line["returns"])
+
+
+def test_sb3s_dqn_is_run_with_the_zoos_entry() -> None:
+    result = results.train_and_evaluate(Run(CARTPOLE, dataclasses.replace(ROWS[CARTPOLE], steps=300), "dqn", 0))
+    check_line(json.loads(json.dumps(result)), "dqn")
+    assert result["settings"]["policy_kwargs"] == "dict(net_arch=[256, 256])"
+    assert result["settings"]["learning_rate"] == 2.3e-3
+
+
+def test_runs_are_interleaved_seed_by_seed() -> None:
+    runs = results.runs_of(CARTPOLE, ROWS[CARTPOLE], seeds=[0, 1])
+    assert [(run.seed, run.algorithm) for run in runs] == [(0, "lecture_dqn"), (0, "dqn"), (1, "lecture_dqn"), (1, "dqn")]
+
+
+def test_an_experiment_does_not_touch_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--params", '{"gamma": 0.9}'])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+
+
+def test_a_killed_run_loses_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ["first", KILLED, "last"]
+    assert results.run_in_processes(runs, tmp_path, 2, write_or_die) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "last"]
+    assert "killed: FAILED with exit code -9" in capsys.readouterr().out
+
+
+def test_a_crash_while_a_line_is_written_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results(CARTPOLE, 1, tmp_path)
+    before = results.result_file(CARTPOLE, tmp_path).read_bytes()
+    write_text = Path.write_text
+
+    def write_half(path: Path, text: str) -> int:
+        write_text(path, text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        write_results(CARTPOLE, 2, tmp_path)
+    assert results.result_file(CARTPOLE, tmp_path).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["CartPole-v1.jsonl"]
+
+
+def test_lines_that_are_written_at_once_are_all_there_and_none_twice(tmp_path: Path) -> None:
+    runs = results.runs_of(CARTPOLE, ROWS[CARTPOLE], seeds=range(4))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda run: results.append_result(made_up_result(run), tmp_path), runs * 2))
+    assert len(results.results_of(runs, tmp_path)) == len(runs)
+    assert len(results.read_results(CARTPOLE, tmp_path)) == len(runs)
+
+
+def test_a_result_of_other_settings_is_not_counted(tmp_path: Path) -> None:
+    row = ROWS[CARTPOLE]
+    experiment = results.runs_of(CARTPOLE, row, ["lecture_dqn"], [0], {"gamma": 0.9})
+    results.append_result(made_up_result(experiment[0]), tmp_path)
+    assert len(results.results_of(experiment, tmp_path)) == 1
+    assert results.results_of(results.runs_of(CARTPOLE, row, ["lecture_dqn"], [0]), tmp_path) == []
+
+
+def test_the_zoos_entry_is_read_as_the_zoo_reads_it(tmp_path: Path) -> None:
+    params = {"n_envs": 2, "learning_rate": "lin_1e-3", "normalize": True, "frame_stack": 3, "train_freq": 4}
+    params["policy_kwargs"] = "dict(net_arch=[32])"
+    manager, model = results.make_manager(Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0, params), tmp_path)
+    assert manager.n_timesteps == 20_000  # the row's budget, not the entry's
+    assert model.n_envs == 2
+    assert model.lr_schedule(0.5) == pytest.approx(5e-4)
+    assert model.get_vec_normalize_env() is not None
+    assert model.observation_space.shape == (12,)
+    assert model.policy_kwargs["net_arch"] == [32]
+
+
+def test_returns_are_those_before_normalization() -> None:
+    row = dataclasses.replace(ROWS[CARTPOLE], steps=60)
+    result = results.train_and_evaluate(Run(CARTPOLE, row, "lecture_dqn", 0, {"normalize": True, "n_envs": 2}))
+    assert all(episode_return == int(episode_return) >= 8 for episode_return in result["returns"])
+
+
+def test_a_run_that_diverges_counts_with_the_policy_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(model: LectureDQN, gradient_steps: int, batch_size: int = 1) -> None:
+        raise DivergenceError("Q has exploded")
+
+    monkeypatch.setattr(LectureDQN, "train", diverge)
+    row = dataclasses.replace(ROWS[CARTPOLE], steps=60)
+    result = results.train_and_evaluate(Run(CARTPOLE, row, "lecture_dqn", 0, {"learning_starts": 10, "train_freq": 20}))
+    assert result["error"] == "Q has exploded"
+    assert len(result["returns"]) == 100
+
+
+def test_evaluations_do_not_count_as_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(results.time, "perf_counter", lambda: clock[0])
+
+    def evaluate(_: Any) -> list[float]:
+        clock[0] += 1000
+        return [1.0]
+
+    curve = results.LearningCurve(evaluate, 40, lambda line: None)
+    curve.model = cast(Any, None)
+    curve._on_training_start()
+    for step in range(1, 41):
+        clock[0] += 1
+        curve.num_timesteps = step
+        curve._on_step()
+    assert [(steps, seconds) for steps, seconds, _ in curve.points] == [(steps, float(steps)) for steps in range(2, 41, 2)]
+    assert curve.training_seconds() == 40
+
+
+def test_the_optimal_driver_starts_where_the_evaluation_starts() -> None:
+    class AlongKerbs:
+        """A model that is not learned."""
+
+        def predict(self, observations: np.ndarray, **_: Any) -> tuple[np.ndarray, None]:
+            return drive_along_kerbs(observations), None
+
+        def get_env(self) -> None:
+            return None
+
+    env_id, first_seed = "RoboParking-v0", 77
+    env = make_vec_env(env_id, results.N_EVALUATION_ENVS, seed=first_seed)
+    returns = results.greedy_returns(AlongKerbs(), env, results.FINAL_EPISODES)
+    single = gymnasium.make(env_id)
+    expected = []
+    for start in results.final_starts(env_id, first_seed):
+        observation, _ = single.reset(options={"state": start})
+        is_over, episode_return = False, 0.0
+        while not is_over:
+            observation, reward, terminated, truncated, _ = single.step(drive_along_kerbs(observation))
+            episode_return, is_over = episode_return + float(reward), terminated or truncated
+        expected.append(episode_return)
+    assert sorted(returns) == pytest.approx(sorted(expected), abs=1e-2)
+
+
+# --- Breakout -------------------------------------------------------------------------------------------------------------
+
+
+class Planes(gymnasium.Env[np.ndarray, int]):
+    """An environment with the observations of MinAtar's Breakout."""
+
+    observation_space = spaces.Box(0, 1, (10, 10, 4), bool)  # type: ignore[arg-type]
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.n_steps = 0
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return self._observe(), 1.0, self.n_steps == 5, False, {}
+
+    def _observe(self) -> np.ndarray:
+        return self.np_random.random((10, 10, 4)) < 0.1
+
+
+def test_breakout_trains_both_algorithms_with_one_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "minatar", ModuleType("minatar"))
+    with monkeypatch.context() as patch:
+        patch.delitem(gymnasium.registry, minatar_breakout.ENV_ID, raising=False)
+        gymnasium.register(minatar_breakout.ENV_ID, entry_point=Planes)
+        row = dataclasses.replace(ROWS["MinAtar-Breakout"], steps=40)
+        for algorithm in results.ALGORITHMS:
+            run = Run("MinAtar-Breakout", row, algorithm, 0, {"learning_starts": 10})
+            _, model = results.make_manager(run, tmp_path)
+            encoder = model.policy.q_net.features_extractor
+            assert isinstance(encoder, minatar_breakout.Encoder)
+            assert [tuple(p.shape) for p in encoder.parameters()] == [(16, 4, 3, 3), (16,)]
+            assert encoder.features_dim == 1024
+            assert results.train_and_evaluate(run)["returns"] == [5.0] * 100
+        del gymnasium.registry[minatar_breakout.ENV_ID]
+
+
+def test_the_pixels_are_minatars_planes() -> None:
+    env = minatar_breakout.Pixels(Planes())
+    observation, _ = env.reset(seed=0)
+    planes, _ = Planes().reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert np.array_equal(observation / 255, planes.transpose(2, 0, 1))
+
+
+def test_a_missing_minatar_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    with pytest.raises(SystemExit, match=r"^the row MinAtar-Breakout needs MinAtar: pip install --no-deps MinAtar$"):
+        minatar_breakout.register()
+
+
+# --- Tables and pictures --------------------------------------------------------------------------------------------------
+
+
+def test_a_row_without_results_says_so(tmp_path: Path) -> None:
+    cells = row_of_table(tables.tuned_table(tmp_path), CARTPOLE)
+    assert cells == [CARTPOLE, "20 000", "not run yet", "not run yet", "≥ 500", "open", "500 at 50 000 steps"]
+
+
+def test_a_row_with_missing_seeds_says_how_many_it_has(tmp_path: Path) -> None:
+    write_results(CARTPOLE, 3, tmp_path, ours=500)
+    cells = row_of_table(tables.tuned_table(tmp_path), CARTPOLE)
+    assert cells[2].endswith("(3 of 10 seeds)")
+    assert cells[5] == "open"
+
+
+def test_a_whole_row_is_judged(tmp_path: Path) -> None:
+    write_results(CARTPOLE, 10, tmp_path, ours=495.5)  # seeds 495.5 to 504.5
+    write_results("Acrobot-v1", 10, tmp_path, ours=-80)
+    table = tables.tuned_table(tmp_path)
+    assert row_of_table(table, CARTPOLE)[2].startswith("500.0 [49")
+    assert row_of_table(table, CARTPOLE)[5] == "yes"
+    assert row_of_table(table, "Acrobot-v1")[2].startswith("−75.5 [−")
+    assert row_of_table(table, "Acrobot-v1")[5] == "no"
+
+
+def test_a_target_may_be_a_number_of_seeds_too(tmp_path: Path) -> None:
+    write_results("LunarLander-v2", 10, tmp_path, ours=255)
+    assert row_of_table(tables.tuned_table(tmp_path), "LunarLander-v2")[5] == "yes, 10 seeds ≥ 200"
+    few = {tables.OURS: [{"returns": [199 if seed < 2 else 300]} for seed in range(10)], tables.THEIRS: []}
+    assert tables.verdict_cell(ROWS["LunarLander-v2"], few) == "no, 8 seeds ≥ 200"
+
+
+def test_the_interquartile_mean_forgets_the_best_and_the_worst_seeds() -> None:
+    assert tables.estimate_iqm((0, 1, 2, 3, 4, 5, 6, 7, 8, 1e9)).estimate == pytest.approx([4.5])
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2, 3, 5, 8, 10])
+def test_the_interquartile_mean_is_rliables(n_seeds: int) -> None:
+    values = np.random.default_rng(n_seeds).normal(size=(n_seeds, 4))
+    expected = [metrics.aggregate_iqm(column) for column in values.T]
+    assert tables.interquartile_mean(values) == pytest.approx(expected)
+
+
+def test_the_intervals_are_the_same_each_time_and_draw_from_a_generator_of_their_own() -> None:
+    values = np.arange(10.0)[:, None]
+    np.random.seed(1)
+    first = tables.estimate(values, tables.interquartile_mean, 200)
+    after = np.random.random()
+    np.random.seed(1)
+    assert np.random.random() == after
+    assert tables.estimate(values, tables.interquartile_mean, 200) == first
+    assert first.low < 4.5 < first.high
+
+
+def test_roboparking_counts_against_the_optimal_driver() -> None:
+    row = ROWS["RoboParking-v0"]
+    assert results.score(row, {"returns": [-67.32], "optimal_return": -66.0}) == pytest.approx(-2.0)
+    assert results.score(row, {"returns": [-66.0], "optimal_return": -66.0}) == 0
+
+
+def test_a_run_that_never_lands_counts_with_its_full_time(tmp_path: Path) -> None:
+    name = "LunarLander-v2"
+    for run in results.runs_of(name, ROWS[name]):
+        lands = run.algorithm == "lecture_dqn" and run.seed < 8
+        curve = ((5_000, 4.0, 120.0), (10_000, 8.0, 230.0 if lands else 199.9), (15_000, 12.0, 100.0))
+        results.append_result(made_up_result(run, curve=curve), tmp_path)
+    cells = row_of_table(tables.time_table(tmp_path), name)
+    assert cells[2:] == ["8 s (8 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", "0.16"]
+
+
+def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
+    run = results.runs_of(CARTPOLE, ROWS[CARTPOLE])[0]
+    results.append_result({**made_up_result(run), "error": "Q has exploded"}, tmp_path)
+    assert tables.diverged_list(tmp_path) == "- CartPole-v1, `LectureDQN`, seed 0: Q has exploded"
+
+
+def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> None:
+    name = "LunarLander-v2"
+    assert figures.draw_all(tmp_path) == {}
+    write_results("Acrobot-v1", 1, tmp_path)  # too few
+    for run in results.runs_of(name, ROWS[name], seeds=range(3)):
+        points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(4))
+        results.append_result(made_up_result(run, 200.0 + run.seed, points), tmp_path)
+    pictures = figures.draw_all(tmp_path)
+    assert list(pictures) == list(tables.PICTURES)
+    curves = pictures["learning_curves"]
+    assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["LunarLander-v2\n100 000 steps"]
+    lines = {line.get_label(): line.get_ydata() for line in curves.axes[0].lines}
+    assert lines["LectureDQN"] == pytest.approx([0, 10, 20, 30])  # of the middle seed
+    plt.close("all")
+
+
+def test_a_row_of_defaults_sets_nothing() -> None:
+    rows = {name: row for name, row in ROWS.items() if row.settings == "defaults"}
+    entries = [results.read_entry(run) for name, row in rows.items() for run in results.runs_of(name, row)]
+    assert len(entries) == 60
+    assert all(entry == {"policy": "MlpPolicy", "n_timesteps": entry["n_timesteps"]} for entry in entries)

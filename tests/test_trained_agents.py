@@ -1,0 +1,93 @@
+"""The agents in rl-trained-agents: that the zoo's enjoy plays them, and what is in their folders."""
+
+import base64
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import gymnasium
+import pytest
+import trained_agent
+from hatchling.builders.wheel import WheelBuilder
+
+from sb3_lecture_dqn import LectureDQN
+
+AGENTS = sorted((trained_agent.AGENTS / "lecture_dqn").glob("*_1"))
+RETURN = re.compile(r"\| return \| \*\*-?\d+\.\d\d ± \d+\.\d\d\*\* \(mean ± standard deviation, 100 greedy episodes")
+
+
+@pytest.fixture(scope="module")
+def made_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An agent of a tiny budget, by the command that makes the others."""
+    return trained_agent.make_agent("CartPole-v1", 3, 1_200, tmp_path_factory.mktemp("agents"))
+
+
+def check_agent(folder: Path) -> None:
+    """What holds for each agent's folder."""
+    env_id = folder.name.removesuffix("_1")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    needed = {"README.md", f"{env_id}.zip", f"{env_id}/args.yml", f"{env_id}/config.yml"}
+    assert needed <= names <= needed | {f"{env_id}/vecnormalize.pkl"}
+    assert (folder / f"{env_id}.zip").stat().st_size <= 1_000_000
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert RETURN.search(card)
+    assert f"-m rl_zoo3.train --algo lecture_dqn --env {env_id} --seed" in card
+    model = LectureDQN.load(folder / f"{env_id}.zip", device="cpu")
+    observation, _ = gymnasium.make(env_id).reset(seed=0)
+    assert model.action_space.contains(int(model.predict(observation, deterministic=True)[0]))
+    steps = re.search(r"\| environment steps \| ([\d ]+) \|", card)
+    assert steps is not None
+    assert model.num_timesteps >= int(steps[1].replace(" ", ""))
+
+
+def test_an_agent_has_what_playing_needs_and_a_card(made_agent: Path) -> None:
+    check_agent(made_agent)
+    assert "| environment steps | 1 200 |" in (made_agent / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_agent_says_nothing_about_the_machine_it_was_made_on(made_agent: Path) -> None:
+    contents = [path.read_bytes() for path in made_agent.rglob("*") if path.suffix in (".yml", ".md")]
+    with zipfile.ZipFile(made_agent / "CartPole-v1.zip") as archive:
+        data = archive.read("data")
+    contents += [data, *(base64.b64decode(pickled) for pickled in re.findall(rb'":serialized:": "([^"]+)"', data))]
+    assert len(contents) > 5
+    for secret in (sys.prefix, str(Path.home()), str(Path.cwd()), str(made_agent.parent), os.path.realpath(sys.base_prefix)):
+        assert all(secret.encode() not in content for content in contents), secret
+
+
+def test_enjoy_plays_an_agent(made_agent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rl_zoo3.enjoy import enjoy
+
+    monkeypatch.chdir(made_agent.parents[2])
+    arguments = ["--algo", "lecture_dqn", "--env", "CartPole-v1", "-f", made_agent.parents[1].name, "--no-render", "-n", "600"]
+    monkeypatch.setattr(sys, "argv", ["enjoy", *arguments])
+    enjoy()
+    assert "Mean reward:" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_an_agent(made_agent: Path) -> None:
+    env = gymnasium.make("CartPole-v1")
+    model = LectureDQN.load(made_agent / "CartPole-v1.zip", env=env, learning_starts=0, train_freq=4)
+    before = model._n_updates
+    model.learn(40, reset_num_timesteps=False)
+    assert model._n_updates > before
+
+
+@pytest.mark.parametrize("folder", AGENTS, ids=lambda folder: folder.name)
+def test_a_committed_agent_loads_is_small_and_has_a_card(folder: Path) -> None:
+    check_agent(folder)
+
+
+def test_every_agent_that_the_readme_plays_is_there() -> None:
+    readme = (trained_agent.AGENTS.parent / "README.md").read_text(encoding="utf-8")
+    played = re.findall(r"--env (\S+) -f rl-trained-agents", readme)
+    assert played
+    assert {f"{env_id}_1" for env_id in played} <= {folder.name for folder in AGENTS}
+
+
+def test_the_wheel_holds_the_package_and_no_agents() -> None:
+    files = {file.relative_path for file in WheelBuilder(str(trained_agent.AGENTS.parent)).recurse_included_files()}
+    assert {Path(file).parts[0] for file in files} == {"sb3_lecture_dqn", "hyperparams"}
