@@ -41,16 +41,7 @@ MINIMUM_SEEDS = 3  # a band of fewer says nothing
 N_RESAMPLES_OF_CURVES, N_RESAMPLES_OF_PAIRS = 2_000, 1_000
 N_COLUMNS = 3
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "legend.frameon": False,
-    }
-)
+plt.style.use(Path(__file__).parents[1] / "examples" / "plots.mplstyle")
 
 Rows = dict[str, dict[str, Results]]
 

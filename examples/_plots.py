@@ -15,16 +15,7 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 
-plt.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "legend.frameon": False,
-    }
-)
+plt.style.use(Path(__file__).with_name("plots.mplstyle"))
 th.set_num_threads(1)  # these networks are too small to gain from more
 
 
