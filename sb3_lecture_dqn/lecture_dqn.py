@@ -272,7 +272,9 @@ class LectureDQN(OffPolicyAlgorithm):
             check_in_unit_interval(name, getattr(self, name))
         check_int_at_least("gradient_steps", self.gradient_steps, -1)
         check_int_at_least("stats_window_size", self._stats_window_size, 1)
-        self._stats_window_size = int(self._stats_window_size)  # numpy's integers are not enough for Python's deque
+        # numpy's integers are not enough for PyTorch and for Python's deque
+        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "gradient_steps", "_stats_window_size"):
+            setattr(self, name, int(getattr(self, name)))
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)

@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, load_safetensors, save_safetensors
@@ -89,6 +89,7 @@ numbers = st.one_of(
 ARGUMENTS = (*NUMERIC_ARGUMENTS, "learning_rate", "train_freq", "stats_window_size")
 
 
+@example(arguments={"batch_size": np.int64(3), "gradient_steps": np.int32(2)})  # which PyTorch would not take
 @given(arguments=st.dictionaries(st.sampled_from(ARGUMENTS), numbers, min_size=1, max_size=3))
 def test_any_argument_trains_or_is_named(arguments: dict[str, Any]) -> None:
     try:
