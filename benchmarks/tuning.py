@@ -40,8 +40,10 @@ from postgres import PostgresServer, find_programs, postgres_server
 
 #: The first trials of a run find their workers still importing.
 WARM_UP = 4
-STEPS = 1000
-TRAINING = ["--env", "CartPole-v1", "-n", str(STEPS), "--eval-episodes", "1"]
+STEPS = 1_000
+#: Trials so short as those above would measure the driver, not the workers.
+SCALING_STEPS = 10_000
+TRAINING = ["--env", "CartPole-v1", "--eval-episodes", "1"]
 SEARCH = ["--sampler", "random", "--pruner", "none", "--seed", "0"]
 
 
@@ -57,10 +59,10 @@ def seconds_a_trial(url: str, study_name: str) -> float:
     return (ends[-1] - ends[WARM_UP - 1]).total_seconds() / (len(ends) - WARM_UP)
 
 
-def run_engine(url: str, n_trials: int, workers: int) -> float:
+def run_engine(url: str, n_trials: int, workers: int, steps: int) -> float:
     """Seconds a trial of the tuning command."""
     name = f"engine-{uuid.uuid4().hex[:8]}"
-    command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, *SEARCH, "--trials", str(n_trials)]
+    command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, "-n", str(steps), *SEARCH, "--trials", str(n_trials)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--storage", url, "--study-name", name, "--workers", str(workers), "-f", folder]
         # Ray gives its workers way to everything else (niceness 15): on a busy machine that alone would be measured
@@ -86,7 +88,7 @@ def measure_overhead(server: PostgresServer, n_trials: int, rounds: int) -> None
     """Print seconds a trial of both, round by round."""
     pairs = []
     for _ in range(rounds):
-        pairs.append((run_zoo(server.url(), n_trials), run_engine(server.url(), n_trials, 1)))
+        pairs.append((run_zoo(server.url(), n_trials), run_engine(server.url(), n_trials, 1, STEPS)))
         print("zoo {:.3f} s a trial, engine {:.3f} s".format(*pairs[-1]), f"({load()})", flush=True)
     print(f"engine / zoo: median {statistics.median(engine / alone for alone, engine in pairs):.3f}")
     print(f"engine - zoo: median {statistics.median(engine - alone for alone, engine in pairs) * 1000:.0f} ms a trial")
@@ -96,7 +98,7 @@ def measure_scaling(server: PostgresServer, n_trials: int, rounds: int) -> None:
     """Print seconds a trial with one and with two workers, round by round."""
     ratios = []
     for _ in range(rounds):
-        one, two = (run_engine(server.url(), n_trials, workers) for workers in (1, 2))
+        one, two = (run_engine(server.url(), n_trials, workers, SCALING_STEPS) for workers in (1, 2))
         ratios.append(one / two)
         print(f"1 worker {one:.3f} s a trial, 2 workers {two:.3f} s: {ratios[-1]:.2f} times ({load()})", flush=True)
     print(f"2 workers against 1: median {statistics.median(ratios):.2f} times")
@@ -195,7 +197,8 @@ def measure_outage(server: PostgresServer, n_trials: int, seconds: float) -> Non
     stop.start()
     start.start()
     name = f"outage-{uuid.uuid4().hex[:8]}"
-    command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, *SEARCH, "--trials", str(n_trials), "--workers", "2"]
+    command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, "-n", str(STEPS), *SEARCH, "--workers", "2"]
+    command += ["--trials", str(n_trials)]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run([*command, "--storage", server.url(), "--study-name", name, "-f", folder], check=False)
     start.join()
