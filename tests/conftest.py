@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import gymnasium
 import numpy as np
 import pytest
 import torch as th
@@ -14,6 +15,16 @@ _PROPERTIES = {"deadline": None, "suppress_health_check": list(HealthCheck), "da
 settings.register_profile("quick", max_examples=12, derandomize=True, **_PROPERTIES)  # type: ignore[arg-type]
 settings.register_profile("thorough", max_examples=400, **_PROPERTIES)  # type: ignore[arg-type]
 settings.load_profile("quick")
+
+
+# rl_zoo3 puts a class of its own in its place as soon as anything imports it.
+GYMNASIUMS_TIME_LIMIT = gymnasium.wrappers.TimeLimit
+
+
+@pytest.fixture
+def without_the_zoos_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gymnasium.make`` as it is for who does not use the zoo."""
+    monkeypatch.setattr(gymnasium.wrappers, "TimeLimit", GYMNASIUMS_TIME_LIMIT)
 
 
 @pytest.fixture(scope="session", autouse=True)

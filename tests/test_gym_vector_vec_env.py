@@ -17,6 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs import GymVectorVecEnv, RoboParkingVectorEnv
 
+pytestmark = pytest.mark.usefixtures("without_the_zoos_time_limit")
+
 N_ENVS = 3
 
 

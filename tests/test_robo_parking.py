@@ -19,6 +19,8 @@ from sb3_lecture_dqn.envs import RoboParkingEnv, RoboParkingVectorEnv
 from sb3_lecture_dqn.envs.robo_parking import LOT_SIDE, MAX_EPISODE_STEPS, pushes_and_drag, roll
 from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs, find_optimal_drive
 
+pytestmark = pytest.mark.usefixtures("without_the_zoos_time_limit")
+
 LEFT, RIGHT, FORWARD, BACKWARD = range(4)
 NOT_STATES = [(1.0, 1.0), (1.0, 1.0, 0.0, 1.1), (-0.1, 1.0, 0.0, 0.0), (np.nan, 1.0, 0.0, 0.0), "corner", None]
 NOT_ACTIONS = [4, -1, 1.0, np.float32(2), np.array([1]), "left", None, np.nan]
