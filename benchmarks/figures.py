@@ -63,7 +63,7 @@ def grid(n: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with so many axes, and a legend above them."""
     n_columns = min(n, N_COLUMNS)
     n_rows = math.ceil(n / n_columns)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=(3.5 * n_columns, height * n_rows), squeeze=False)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(max(3.5 * n_columns, 5), height * n_rows), squeeze=False)
     for unused in axes.flat[n:]:
         unused.set_visible(False)
     return figure, list(axes.flat[:n])
@@ -100,7 +100,7 @@ def draw_learning_curves(rows: Rows) -> Figure:
 
 def draw_iqm(rows: Rows) -> Figure:
     """The interquartile mean of the final models with its 95 % interval, and each seed as a dot."""
-    figure, all_axes = grid(len(rows), 1.5)
+    figure, all_axes = grid(len(rows), 1.9)
     for axes, (name, by_algorithm) in zip(all_axes, rows.items(), strict=True):
         row = ROWS[name]
         for height, (algorithm, results) in enumerate(reversed(by_algorithm.items())):
@@ -118,7 +118,7 @@ def draw_iqm(rows: Rows) -> Figure:
         axes.margins(x=0.06, y=0.2)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     figure.supxlabel(
-        "return of 100 greedy episodes: interquartile mean, its 95 % interval, and each seed; dotted: to reach",
+        "return of 100 greedy episodes: interquartile mean,\nits 95 % interval, and each seed; dotted: to reach",
         fontsize="medium",
     )
     handles, labels = all_axes[0].get_legend_handles_labels()
