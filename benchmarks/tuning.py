@@ -14,6 +14,7 @@ Rounds alternate, because the machine may be busy; its load is printed beside ea
 import argparse
 import collections
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.driver import Driver
 from sb3_lecture_dqn.tuning.engine import Outcome, Report
+from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
 from sb3_lecture_dqn.tuning.storage import held_trials, open_storage
 from sb3_lecture_dqn.tuning.studies import Runner, open_study
 
@@ -77,10 +79,9 @@ def run_zoo(url: str, n_trials: int) -> float:
     settings = zoo.TrialSettings("CartPole-v1", n_timesteps=STEPS, eval_episodes=1)
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder, sampler="random", pruner="none")
-        study = optuna.create_study(storage=open_storage(url), study_name=name, direction="maximize")
-        for number in range(n_trials):
-            study.sampler = zoo.make_sampler(manager, number)
-            study.optimize(manager.objective, n_trials=1)
+        sampler = RepeatableSampler(functools.partial(zoo.make_sampler, manager), seed=0)
+        study = optuna.create_study(storage=open_storage(url), study_name=name, direction="maximize", sampler=sampler)
+        study.optimize(manager.objective, n_trials)
     return seconds_a_trial(url, name)
 
 

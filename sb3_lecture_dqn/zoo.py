@@ -9,6 +9,7 @@ without it, this module runs any of the zoo's commands by itself::
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -333,8 +334,9 @@ def make_sampler(manager: Any, seed: int) -> optuna.samplers.BaseSampler:
     :param seed: Its seed
     :return: The sampler that ``--sampler`` names
     """
-    manager.seed = seed
-    sampler: optuna.samplers.BaseSampler = manager._create_sampler(manager.sampler)
+    seeded = copy.copy(manager)
+    seeded.seed = seed
+    sampler: optuna.samplers.BaseSampler = seeded._create_sampler(manager.sampler)
     return sampler
 
 

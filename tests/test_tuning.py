@@ -22,7 +22,7 @@ from sb3_lecture_dqn import LectureDQN, tune, zoo
 from sb3_lecture_dqn.processes import here
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, wait_for_outages
+from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
@@ -262,6 +262,13 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
     assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, complete]
     held_trials(study).discard(mine[0]._trial_id)
     assert [trial.value for trial in study.get_trials()] == [1.0, None, None, 4.0, 5.0]
+
+
+def test_a_held_trial_that_was_put_back_before_counts_as_running(tmp_path: Path) -> None:
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    put_back(study, study.ask())
+    held_trials(study).add(study.ask()._trial_id)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
 
 
 @pytest.fixture

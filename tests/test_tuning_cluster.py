@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from postgres import PostgresServer
 
 from sb3_lecture_dqn import zoo
-from sb3_lecture_dqn.tuning.storage import open_storage
+from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
+from sb3_lecture_dqn.tuning.storage import open_storage, put_back
 from sb3_lecture_dqn.tuning.studies import SCORING, Runner, open_study
 
 pytest.importorskip("ray")
@@ -80,10 +82,8 @@ def n_done(url: str, study_name: str) -> int:
 def uninterrupted_values(n_trials: int, folder: Path) -> list[float]:
     """What the zoo's own loop scores, in one process, with the values that the driver's seeds draw."""
     manager = zoo.make_manager(SETTINGS, str(folder / "zoo"), sampler="random", pruner="none")
-    study = optuna.create_study(direction="maximize")
-    for number in range(n_trials):
-        study.sampler = zoo.make_sampler(manager, 5 + number)
-        study.optimize(manager.objective, n_trials=1)
+    study = optuna.create_study(direction="maximize", sampler=RepeatableSampler(partial(zoo.make_sampler, manager), 5))
+    study.optimize(manager.objective, n_trials)
     return [trial.value for trial in study.trials if trial.value is not None]
 
 
@@ -283,6 +283,68 @@ def test_a_driver_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None
     driver.run(5, lambda trials: driver.stop() if len(engine.attempts) == 2 else None)
     assert [trial.state for trial in driver.study.trials] == [TrialState.WAITING] * 2
     assert not any("losses" in trial.user_attrs for trial in driver.study.trials)
+
+
+class SlowEngine(LosingEngine):
+    """An engine that runs one trial at a time, each for a little longer than the driver waits before it looks again."""
+
+    def __init__(self) -> None:
+        super().__init__(is_lossy=False)
+        self._has_waited = False
+
+    def capacity(self) -> int:
+        return 1
+
+    def wait(self, seconds: float) -> list[Any]:
+        from sb3_lecture_dqn.tuning.engine import Outcome
+
+        self._has_waited = not self._has_waited
+        if self._has_waited:
+            time.sleep(0.35)
+            return []
+        return [Outcome(number, TrialState.COMPLETE, float(number)) for number, _ in self.attempts[-1:]]
+
+
+def test_a_study_with_trials_in_its_queue_gets_as_many_as_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_lecture_dqn.tuning.driver.LOOK_SECONDS", 0.3)
+    driver = driver_on(SlowEngine(), tmp_path, max_retries=0)
+    for trial in [driver.study.ask() for _ in range(3)]:
+        put_back(driver.study, trial)
+    driver.run(3, lambda trials: None)
+    assert [trial.state for trial in driver.study.trials] == [TrialState.COMPLETE] * 3
+
+
+class DyingSampler(RepeatableSampler):
+    """Dies when it shall draw one value more than it may."""
+
+    draws = 0
+
+    def sample_independent(self, *arguments: Any) -> Any:
+        if not self.draws:
+            raise KeyboardInterrupt
+        self.draws -= 1
+        return super().sample_independent(*arguments)
+
+
+@pytest.mark.parametrize("n_drawn", [0, 1, 2, 7, 11])
+def test_a_trial_whose_driver_died_while_it_drew_gets_the_same_values_again(n_drawn: int, tmp_path: Path) -> None:
+    engine = LosingEngine(is_lossy=False)
+    driver = driver_on(engine, tmp_path, max_retries=0)
+    untouched = driver.study.sampler
+    driver.study.sampler = DyingSampler(untouched._make_sampler, untouched._seed)
+    driver.study.sampler.draws = 12 + n_drawn  # of the second trial's twelve
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(2, lambda trials: None)
+    assert [len(trial.params) for trial in driver.study.trials] == [12, n_drawn]
+
+    driver.study.sampler = untouched
+    driver.run(2, lambda trials: driver.stop() if len(engine.attempts) == 3 else None)
+    whole = LosingEngine(is_lossy=False)
+    uninterrupted = driver_on(whole, tmp_path / "uninterrupted", max_retries=0)
+    uninterrupted.run(2, lambda trials: uninterrupted.stop() if len(whole.attempts) == 2 else None)
+    assert engine.attempts[1:] == whole.attempts
 
 
 # The later a world is made, the worse it is, so that later trials are pruned; now and then one ends in training.

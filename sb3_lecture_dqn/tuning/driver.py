@@ -1,6 +1,7 @@
 """Runs a study on an engine: asks, submits, answers reports, tells; retries what was lost, and leaves nothing running."""
 
 import contextlib
+import functools
 import logging
 import time
 import warnings
@@ -13,6 +14,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.search_space import sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.engine import Outcome, Report
+from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
 from sb3_lecture_dqn.tuning.storage import held_trials, is_held, put_back, read_trial
 from sb3_lecture_dqn.tuning.studies import Runner, fail, give_up_or_put_back
 
@@ -47,7 +49,7 @@ class Driver:
     :param settings: What decides the score of a trial
     :param engine: Where trials run
     :param runner: This process's entry in the study
-    :param seed: Seed of the sampler; trial number n draws by ``seed + n``, whether or not the study was stopped before it
+    :param seed: Seed of the sampler; see :class:`~sb3_lecture_dqn.tuning.sampling.RepeatableSampler`
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class Driver:
     ) -> None:
         self.study = study
         self.study.pruner = zoo.make_pruner(manager)
+        self.study.sampler = RepeatableSampler(functools.partial(zoo.make_sampler, manager), seed)
         self._manager = manager
         self._settings = settings
         self._engine = engine
         self._runner = runner
-        self._seed = seed
         self._attempts = 0
         self._running: dict[int, tuple[optuna.Trial, int]] = {}  # trial and attempt by number
         self._held = held_trials(study)
@@ -107,7 +109,6 @@ class Driver:
         self._running[trial.number] = (trial, self._attempts)
         self._held.add(trial._trial_id)
         self._runner.claim(trial)
-        self.study.sampler = zoo.make_sampler(self._manager, self._seed + trial.number)
         sample_lecture_dqn_params(trial, 0, self._manager.n_envs, {})
         self._engine.submit(self._settings, trial.params, trial.number, self._attempts)
         return True

@@ -73,7 +73,8 @@ class PatientStorage(RDBStorage):
     A database whose outages are waited for: each method is one transaction, which is repeated until it succeeds.
 
     Optuna's cache reads every unfinished trial again, with its values, several times for each new one. A driver with a
-    thousand workers would do nothing else; so it puts those that it runs itself into ``held``, and they are left out.
+    thousand workers would do nothing else; so it puts those that it runs itself into ``held``, and once they have been
+    read as running they are left out.
 
     :param url: SQLAlchemy's URL
     :param engine_kwargs: Arguments of SQLAlchemy's ``create_engine``
@@ -82,6 +83,7 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
         self.patience_seconds = 0.0  # what is wrong at the start is an error, not an outage
         self.held: set[int] = set()
+        self._read_as_running: set[int] = set()  # the others of those held may still be in the cache as waiting
         self._newest: dict[int, int] = {}
         self._next_full_read = 0.0
         super().__init__(url, engine_kwargs)
@@ -97,10 +99,13 @@ class PatientStorage(RDBStorage):
         if not self.held or now >= self._next_full_read:
             self._next_full_read = now + FULL_READ_SECONDS
         else:
-            included_trial_ids = included_trial_ids - self.held
+            included_trial_ids = included_trial_ids - (self.held & self._read_as_running)
             trial_id_greater_than = max(trial_id_greater_than, self._newest.get(study_id, -1))
         trials: list[FrozenTrial] = self._read_trials(study_id, states, included_trial_ids, trial_id_greater_than)
         self._newest[study_id] = max((trial._trial_id for trial in trials), default=self._newest.get(study_id, -1))
+        read = {trial._trial_id for trial in trials}
+        running = {trial._trial_id for trial in trials if trial.state == TrialState.RUNNING}
+        self._read_as_running = (self._read_as_running - read) | running
         return trials
 
     @_patiently
