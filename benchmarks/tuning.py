@@ -43,8 +43,22 @@ from postgres import PostgresServer, find_programs, postgres_server
 #: The first trials of a run find their workers still importing.
 WARM_UP = 4
 STEPS = 1_000
-#: Trials so short as those above would measure the driver, not the workers.
+#: Scaling is measured with trials that are long enough to be work, and all alike: else chance decides who is alone at the end.
 SCALING_STEPS = 3_000
+SCALING_PARAMS = {
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "constant",
+    "batch_size": 128,
+    "buffer_size": 50_000,
+    "learning_starts": 100,
+    "one_minus_gamma": 0.01,
+    "train_freq": 4,
+    "update_ratio": 1.0,
+    "target_update_interval": 250,
+    "exploration_fraction": 0.1,
+    "exploration_final_eps": 0.05,
+    "width": 256,
+}
 TRAINING = ["--env", "CartPole-v1", "--eval-episodes", "1"]
 SEARCH = ["--sampler", "random", "--pruner", "none", "--seed", "0"]
 
@@ -61,9 +75,15 @@ def seconds_a_trial(url: str, study_name: str) -> float:
     return (ends[-2] - ends[WARM_UP - 1]).total_seconds() / (len(ends) - 1 - WARM_UP)
 
 
-def run_engine(url: str, n_trials: int, workers: int, steps: int) -> float:
-    """Seconds a trial of the tuning command."""
+def run_engine(url: str, n_trials: int, workers: int, steps: int, params: dict[str, Any] | None = None) -> float:
+    """Seconds a trial of the tuning command, which draws the trials, or finds them all alike in the study's queue."""
     name = f"engine-{uuid.uuid4().hex[:8]}"
+    if params:
+        settings = zoo.TrialSettings("CartPole-v1", n_timesteps=steps, eval_episodes=1)
+        with tempfile.TemporaryDirectory() as folder:
+            study = open_study(open_storage(url), name, zoo.scoring_of(zoo.make_manager(settings, folder)))
+        for _ in range(n_trials):
+            study.enqueue_trial(params)
     command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, "-n", str(steps), *SEARCH, "--trials", str(n_trials)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--storage", url, "--study-name", name, "--workers", str(workers), "-f", folder]
@@ -99,7 +119,7 @@ def measure_scaling(server: PostgresServer, n_trials: int, rounds: int) -> None:
     """Print seconds a trial with one and with two workers, round by round."""
     ratios = []
     for _ in range(rounds):
-        one, two = (run_engine(server.url(), n_trials, workers, SCALING_STEPS) for workers in (1, 2))
+        one, two = (run_engine(server.url(), n_trials, workers, SCALING_STEPS, SCALING_PARAMS) for workers in (1, 2))
         ratios.append(one / two)
         print(f"1 worker {one:.3f} s a trial, 2 workers {two:.3f} s: {ratios[-1]:.2f} times ({load()})", flush=True)
     print(f"2 workers against 1: median {statistics.median(ratios):.2f} times")

@@ -19,7 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 # from stable_baselines3 import DQN
 from sb3_lecture_dqn import LectureDQN as DQN  # noqa: N814
 
-STEPS = 12_000
+STEPS = 50_000
 
 env = Monitor(gymnasium.make("CartPole-v1"))
 model = DQN("MlpPolicy", env, verbose=0, seed=0)

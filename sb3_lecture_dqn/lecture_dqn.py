@@ -129,7 +129,8 @@ class LectureDQN(OffPolicyAlgorithm):
         terminated alone; by default d is the lecture's terminated ∨ truncated (L2)
     :param optimize_memory_usage: Whether D stores each observation once, at the cost of more complexity
     :param n_steps: Number of rewards in a target, at least 1; the lecture's is 1. More uses SB3's ``NStepReplayBuffer``
-    :param target_update_interval: Number of environment steps between two updates of ψ (L13), at least 1
+    :param target_update_interval: Number of environment steps between two updates of ψ (L13), at least 1. A value travels one
+        step back in time with each of them, so a run needs many more updates than an episode has steps
     :param exploration_fraction: Share of the training over which ε falls, in [0, 1]
     :param exploration_initial_eps: First ε, in [0, 1]
     :param exploration_final_eps: Last ε, in [0, 1]
@@ -170,7 +171,7 @@ class LectureDQN(OffPolicyAlgorithm):
         learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
         buffer_size: int = 100_000,
         learning_starts: int = 1_000,
-        batch_size: int = 128,
+        batch_size: int = 64,
         tau: float = 1.0,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 4,
@@ -179,7 +180,7 @@ class LectureDQN(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        target_update_interval: int = 250,
+        target_update_interval: int = 50,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
