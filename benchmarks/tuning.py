@@ -100,7 +100,10 @@ def run_zoo(url: str, n_trials: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder, sampler="random", pruner="none")
         sampler = RepeatableSampler(functools.partial(zoo.make_sampler, manager), seed=0)
-        study = optuna.create_study(storage=open_storage(url), study_name=name, direction="maximize", sampler=sampler)
+        pruner = zoo.make_pruner(manager)  # Optuna's own default would end trials that the engine trains to the end
+        study = optuna.create_study(
+            storage=open_storage(url), study_name=name, direction="maximize", sampler=sampler, pruner=pruner
+        )
         study.optimize(manager.objective, n_trials)
     return seconds_a_trial(url, name)
 

@@ -82,7 +82,8 @@ def n_done(url: str, study_name: str) -> int:
 def uninterrupted_values(n_trials: int, folder: Path) -> list[float]:
     """What the zoo's own loop scores, in one process, with the values that the driver's seeds draw."""
     manager = zoo.make_manager(SETTINGS, str(folder / "zoo"), sampler="random", pruner="none")
-    study = optuna.create_study(direction="maximize", sampler=RepeatableSampler(partial(zoo.make_sampler, manager), 5))
+    sampler, pruner = RepeatableSampler(partial(zoo.make_sampler, manager), 5), zoo.make_pruner(manager)
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     study.optimize(manager.objective, n_trials)
     return [trial.value for trial in study.trials if trial.value is not None]
 
