@@ -43,9 +43,10 @@ from postgres import PostgresServer, find_programs, postgres_server
 #: The first trials of a run find their workers still importing.
 WARM_UP = 4
 STEPS = 1_000
-#: Scaling is measured with trials that are long enough to be work, and all alike: else chance decides who is alone at the end.
+#: Scaling is measured with trials that are long enough to be work.
 SCALING_STEPS = 3_000
-SCALING_PARAMS = {
+#: All trials alike: else chance decides who is alone at the end, and one wide network weighs more than all the others.
+PARAMS = {
     "learning_rate": 1e-3,
     "learning_rate_schedule": "constant",
     "batch_size": 128,
@@ -75,15 +76,14 @@ def seconds_a_trial(url: str, study_name: str) -> float:
     return (ends[-2] - ends[WARM_UP - 1]).total_seconds() / (len(ends) - 1 - WARM_UP)
 
 
-def run_engine(url: str, n_trials: int, workers: int, steps: int, params: dict[str, Any] | None = None) -> float:
-    """Seconds a trial of the tuning command, which draws the trials, or finds them all alike in the study's queue."""
+def run_engine(url: str, n_trials: int, workers: int, steps: int) -> float:
+    """Seconds a trial of the tuning command, which finds the trials in the study's queue."""
     name = f"engine-{uuid.uuid4().hex[:8]}"
-    if params:
-        settings = zoo.TrialSettings("CartPole-v1", n_timesteps=steps, eval_episodes=1)
-        with tempfile.TemporaryDirectory() as folder:
-            study = open_study(open_storage(url), name, zoo.scoring_of(zoo.make_manager(settings, folder)))
-        for _ in range(n_trials):
-            study.enqueue_trial(params)
+    settings = zoo.TrialSettings("CartPole-v1", n_timesteps=steps, eval_episodes=1)
+    with tempfile.TemporaryDirectory() as folder:
+        study = open_study(open_storage(url), name, zoo.scoring_of(zoo.make_manager(settings, folder)))
+    for _ in range(n_trials):
+        study.enqueue_trial(PARAMS)
     command = [sys.executable, "-m", "sb3_lecture_dqn.tune", *TRAINING, "-n", str(steps), *SEARCH, "--trials", str(n_trials)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--storage", url, "--study-name", name, "--workers", str(workers), "-f", folder]
@@ -94,7 +94,7 @@ def run_engine(url: str, n_trials: int, workers: int, steps: int, params: dict[s
 
 
 def run_zoo(url: str, n_trials: int) -> float:
-    """Seconds a trial of the zoo's loop in one process: the same trainings, drawn by the same seeds."""
+    """Seconds a trial of the zoo's loop in one process: the same trainings."""
     name = f"zoo-{uuid.uuid4().hex[:8]}"
     settings = zoo.TrialSettings("CartPole-v1", n_timesteps=STEPS, eval_episodes=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +104,8 @@ def run_zoo(url: str, n_trials: int) -> float:
         study = optuna.create_study(
             storage=open_storage(url), study_name=name, direction="maximize", sampler=sampler, pruner=pruner
         )
+        for _ in range(n_trials):
+            study.enqueue_trial(PARAMS)
         study.optimize(manager.objective, n_trials)
     return seconds_a_trial(url, name)
 
@@ -122,7 +124,7 @@ def measure_scaling(server: PostgresServer, n_trials: int, rounds: int) -> None:
     """Print seconds a trial with one and with two workers, round by round."""
     ratios = []
     for _ in range(rounds):
-        one, two = (run_engine(server.url(), n_trials, workers, SCALING_STEPS, SCALING_PARAMS) for workers in (1, 2))
+        one, two = (run_engine(server.url(), n_trials, workers, SCALING_STEPS) for workers in (1, 2))
         ratios.append(one / two)
         print(f"1 worker {one:.3f} s a trial, 2 workers {two:.3f} s: {ratios[-1]:.2f} times ({load()})", flush=True)
     print(f"2 workers against 1: median {statistics.median(ratios):.2f} times")

@@ -30,7 +30,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TensorDict,
+)
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 
 from sb3_lecture_dqn.checkpoints import record_for_checkpoints
@@ -474,6 +481,9 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _current_fast_update(self) -> FastUpdate | None:
         """The fast update, made again where the policy changed since; ``None`` where only the plain one is right."""
+        cls = type(self)
+        if cls._gradient_step is not LectureDQN._gradient_step or cls._clip_gradient is not LectureDQN._clip_gradient:
+            return None  # a subclass with a loss or a clipping of its own
         if self._fast_update is None or not self._fast_update.is_current(self.policy):
             self._fast_update = FastUpdate.for_policy(self.policy)
         return self._fast_update
@@ -600,6 +610,24 @@ class LectureDQN(OffPolicyAlgorithm):
         """
         check_model_file(path, LectureDQNPolicy, cls.__name__)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Take θ, ψ and the optimizer's state from a file or a dictionary.
+
+        :param load_path_or_dict: The file (``.zip`` may be left out), or what ``get_parameters`` returned
+        :param exact_match: Whether every part must be there
+        :param device: PyTorch device
+        :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm; nothing is changed then
+        """
+        if not isinstance(load_path_or_dict, dict):
+            check_model_file(load_path_or_dict, LectureDQNPolicy, type(self).__name__)
+        super().set_parameters(load_path_or_dict, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
         return [

@@ -97,7 +97,8 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
     :raises AssertionError: if it is anything else; SB3's DQN raises this type, and code written for it expects that
     """
     if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
-        raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {action_space}")
+        shown = " ".join(str(action_space).split())  # numpy breaks long arrays into lines
+        raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {shown}")
 
 
 def check_observation_space(observation_space: spaces.Space[Any]) -> None:

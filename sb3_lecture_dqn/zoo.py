@@ -17,6 +17,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ CHECKPOINTS = "SB3_LECTURE_DQN_CHECKPOINTS"
 DEFAULT_SAVE_FREQ = 10_000
 #: File in that folder with what the zoo would decide anew.
 RUN_FILE = "zoo_run.json"
+#: Where the zoo's enjoy looks for an agent, and where its train writes one, unless they are told otherwise.
+AGENTS_FOLDER, LOGS_FOLDER = "rl-trained-agents", "logs"
 #: Keys of a hyperparameter entry that are the zoo's own (and, for a search, the number of seeds), not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -84,12 +87,14 @@ def _find_hyperparams_file() -> Path:
 HYPERPARAMS_FILE = _find_hyperparams_file()
 
 
-def add_algorithm(utils: ModuleType) -> None:
+def add_algorithm(utils: Any) -> None:
     """
-    Make the algorithm a choice of ``--algo``.
+    Make the algorithm a choice of ``--algo``, and its own trainings what the zoo plays where there is no trained agent.
 
     :param utils: ``rl_zoo3.utils``
     """
+    if ALGORITHM not in utils.ALGOS:
+        utils.get_model_path = _looking_in_the_logs_too(utils.get_model_path)
     utils.ALGOS[ALGORITHM] = LectureDQN
 
 
@@ -109,7 +114,8 @@ def extend_manager(exp_manager: ModuleType) -> None:
 
     This project's hyperparameter file becomes the default, and an unknown key in any file a clear error. A trial is scored
     on several seeds, a study is never mixed with another's, and trials whose process died are taken up again. A training
-    makes checkpoints where the environment variable :data:`CHECKPOINTS` names a folder for them.
+    makes checkpoints where the environment variable :data:`CHECKPOINTS` names a folder for them. One that cannot begin leaves
+    no run without a model, which would be the newest one that the zoo then fails to play.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
@@ -122,6 +128,7 @@ def extend_manager(exp_manager: ModuleType) -> None:
     manager.objective = _on_several_seeds(manager.objective)
     manager.hyperparameters_optimization = _with_a_safe_study(manager.hyperparameters_optimization)
     manager.create_callbacks = _with_checkpoints(manager.create_callbacks)
+    manager.setup_experiment = _leaving_no_empty_run(manager.setup_experiment)
 
 
 EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
@@ -129,6 +136,28 @@ EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "rl_zoo3.hyperparams_opt": add_search_space,
     "rl_zoo3.exp_manager": extend_manager,
 }
+
+
+def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(get_model_path)
+    for parameter in ("folder", "algo"):
+        if parameter not in signature.parameters:
+            raise TypeError(f"get_model_path takes no argument {parameter}")
+
+    @functools.wraps(get_model_path)
+    def get_path(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return get_model_path(*args, **kwargs)
+        except (AssertionError, ValueError):
+            arguments = signature.bind(*args, **kwargs)
+            if arguments.arguments["algo"] != ALGORITHM or arguments.arguments["folder"] != AGENTS_FOLDER:
+                raise
+            arguments.arguments["folder"] = LOGS_FOLDER
+            with contextlib.suppress(AssertionError, ValueError):
+                return get_model_path(*arguments.args, **arguments.kwargs)
+            raise
+
+    return get_path
 
 
 def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
@@ -180,6 +209,21 @@ def _with_checkpoints(create_callbacks: Callable[[Any], None]) -> Callable[[Any]
             manager.callbacks.append(ResumableCheckpointCallback(save_freq, folder, verbose=manager.verbose))
 
     return create_callbacks_and_ours
+
+
+def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(setup_experiment)
+    def set_up_or_clean_up(manager: Any) -> Any:
+        run_folder = Path(manager.save_path)
+        was_there = run_folder.exists()
+        try:
+            return setup_experiment(manager)
+        except Exception:
+            if manager.algo == ALGORITHM and not was_there:
+                shutil.rmtree(run_folder, ignore_errors=True)
+            raise
+
+    return set_up_or_clean_up
 
 
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:

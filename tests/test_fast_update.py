@@ -256,6 +256,20 @@ def test_the_plain_path_is_taken_for_what_the_fast_one_does_not_do(policy_kwargs
     assert any((a != b).any() for a, b in zip(before, model.q_net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("method", ["_gradient_step", "_clip_gradient"])
+def test_a_subclass_with_an_update_of_its_own_is_asked(method: str) -> None:
+    calls = []
+
+    def counted(self: LectureDQN, *arguments: Any) -> Any:
+        calls.append(method)
+        return getattr(LectureDQN, method)(self, *arguments)
+
+    subclass = type("Mine", (LectureDQN,), {method: counted})
+    model = subclass("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, learning_starts=16, batch_size=4, seed=0)
+    model.learn(40)
+    assert len(calls) == model._n_updates > 0
+
+
 def test_a_hook_that_appears_in_the_middle_of_a_run_is_called() -> None:
     model = make_model("vector", fast=True)
     batch = random_batch("vector", np.random.default_rng(0))

@@ -178,6 +178,14 @@ def test_a_model_of_another_algorithm_is_named(tmp_path: Path, algorithm: Any) -
         LectureDQN.load(tmp_path / "other")
 
 
+def test_parameters_of_another_algorithm_are_refused_and_nothing_is_changed(trained: LectureDQN, tmp_path: Path) -> None:
+    before = q_values(trained)
+    DQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16]}).save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"path must be a model of LectureDQN, got .*other with the policy DQNPolicy"):
+        trained.set_parameters(str(tmp_path / "other"), exact_match=False)
+    np.testing.assert_array_equal(q_values(trained), before)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         LectureDQN.load(tmp_path / "nowhere")

@@ -23,12 +23,13 @@ class EnvWithActions(gymnasium.Env[np.ndarray, Any]):
     [
         spaces.Box(-1, 1, (2,), np.float32),
         spaces.MultiDiscrete([2, 3]),
+        spaces.MultiDiscrete([2] * 80),  # numpy shows it in several lines
         spaces.MultiBinary(3),
         spaces.Discrete(3, start=1),
     ],
 )
 def test_only_discrete_actions_from_zero_are_taken(action_space: spaces.Space[Any]) -> None:
-    message = f"env must have an action space Discrete(n) that starts at 0, got {action_space}"
+    message = f"env must have an action space Discrete(n) that starts at 0, got {' '.join(str(action_space).split())}"
     with pytest.raises(AssertionError, match=re.escape(message)):
         LectureDQN("MlpPolicy", EnvWithActions(action_space))
 

@@ -62,6 +62,23 @@ def test_enjoy_plays_the_model(trained_folder: Path) -> None:
     assert "Mean reward:" in result.stdout
 
 
+def test_enjoy_finds_the_newest_training_where_there_is_no_trained_agent(trained_folder: Path) -> None:
+    arguments = ["--algo", "lecture_dqn", "--env", "LunarLander-v2", "--no-render", "-n", "1001"]
+    result = run("-m", "rl_zoo3.enjoy", *arguments, folder=trained_folder)
+    assert result.returncode == 0, result.stderr
+    assert "Mean reward:" in result.stdout
+
+
+def test_an_agent_that_is_nowhere_is_looked_for_as_the_zoo_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.register()
+    from rl_zoo3.utils import EnvironmentName, get_model_path
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("rl-trained-agents", "elsewhere"):
+        with pytest.raises(AssertionError, match=f"The {folder}/lecture_dqn folder was not found"):
+            get_model_path(0, folder, "lecture_dqn", EnvironmentName("CartPole-v1"))
+
+
 def test_record_video_writes_a_video(trained_folder: Path) -> None:
     arguments = ["--algo", "lecture_dqn", "--env", "LunarLander-v2", "-f", "logs", "-n", "10", "-o", "videos", "--load-best"]
     result = run("-m", "rl_zoo3.record_video", *arguments, folder=trained_folder)
@@ -141,6 +158,17 @@ def test_an_unknown_hyperparameter_is_named_and_nothing_is_written(train_in_proc
     with pytest.raises(ValueError, match=r"unknown hyperparameter 'learning_rat', may be one of .*learning_rate"):
         train_in_process("--env", "CartPole-v1", "-params", "learning_rat:0.1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mistake", ["gamma:1.5", "batch_size:0", "policy_kwargs:dict(net_arch=[0])"])
+def test_a_training_that_cannot_begin_leaves_the_runs_that_are_there(
+    train_in_process: Any, tmp_path: Path, mistake: str
+) -> None:
+    run_folder = tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1"
+    run_folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match=mistake.partition(":")[0].replace("policy_kwargs", "net_arch")):
+        train_in_process("--env", "CartPole-v1", "--verbose", "0", "-params", mistake)
+    assert list(run_folder.parent.iterdir()) == [run_folder]
 
 
 def test_an_unknown_environment_is_named_and_nothing_is_written(train_in_process: Any, tmp_path: Path) -> None:
@@ -356,12 +384,14 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
     assert isinstance(utils.ALGOS, dict), advice
     assert isinstance(hyperparams_opt.HYPERPARAMS_SAMPLER, dict), advice
     assert isinstance(hyperparams_opt.HYPERPARAMS_CONVERTER, dict), advice
+    assert {"exp_id", "folder", "algo", "env_name"} <= set(inspect.signature(utils.get_model_path).parameters), advice
     assert {"algo", "config"} <= set(inspect.signature(exp_manager.ExperimentManager).parameters), advice
     for method, parameters in {
         "read_hyperparameters": [],
         "objective": ["trial"],
         "hyperparameters_optimization": [],
         "create_callbacks": [],
+        "setup_experiment": [],
         "load_trial": ["storage", "study_name", "trial_id", "convert"],
         "_create_sampler": ["sampler_method"],
         "_create_pruner": ["pruner_method"],
