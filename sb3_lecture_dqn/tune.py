@@ -110,8 +110,8 @@ def tune(arguments: argparse.Namespace) -> None:
     )
     search = {key: getattr(arguments, key) for key in ("sampler", "pruner", "n_startup_trials")}
     check_address(arguments.ray_address)
-    with tempfile.TemporaryDirectory() as folder:
-        manager = _checked_manager(settings, folder, **search)
+    with tempfile.TemporaryDirectory() as folder, _one_line_errors():
+        manager = zoo.make_manager(settings, folder, **search)
     study = open_study(open_storage(_storage_url(arguments)), _study_name(arguments), zoo.scoring_of(manager))
     engine = RayEngine(arguments.ray_address, arguments.workers)
     try:
@@ -147,9 +147,10 @@ def _stopped_by_signals(driver: Any) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _checked_manager(settings: zoo.TrialSettings, folder: str, **search: Any) -> Any:
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
     try:
-        return zoo.make_manager(settings, folder, **search)
+        yield
     except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:
         raise TuningError(str(error).splitlines()[0]) from error
 
@@ -159,7 +160,11 @@ def _study_name(arguments: argparse.Namespace) -> str:
 
 
 def _storage_url(arguments: argparse.Namespace) -> str:
-    return arguments.storage or f"sqlite:///{Path(arguments.log_folder).absolute() / zoo.ALGORITHM / 'studies.db'}"
+    return arguments.storage or f"sqlite:///{_default_storage_file(arguments)}"
+
+
+def _default_storage_file(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.log_folder).absolute() / zoo.ALGORITHM / "studies.db"
 
 
 def write_best(arguments: argparse.Namespace) -> None:
@@ -169,11 +174,14 @@ def write_best(arguments: argparse.Namespace) -> None:
     :param arguments: What the command line said
     :raises TuningError: if there is no such trial, or the file cannot take it
     """
+    no_study = f"there is no study {_study_name(arguments)!r} in the storage"
+    if not arguments.storage and not _default_storage_file(arguments).exists():
+        raise TuningError(no_study)
     storage = open_storage(_storage_url(arguments))
     try:
         study = optuna.load_study(storage=storage, study_name=_study_name(arguments))
     except KeyError as error:
-        raise TuningError(f"there is no study {_study_name(arguments)!r} in the storage") from error
+        raise TuningError(no_study) from error
     check_study(study, {"algorithm": zoo.ALGORITHM, "environment": arguments.env})
     scoring = study.user_attrs.get(SCORING, {})
     settings = zoo.TrialSettings(
@@ -182,10 +190,11 @@ def write_best(arguments: argparse.Namespace) -> None:
         conf_file=arguments.conf_file,
         gym_packages=tuple(arguments.gym_packages),
     )
-    entry = best_entry(study, settings)
-    best = study.best_trial
-    comment = f"Trial {best.number} of study {study.study_name}: {best.value:.2f}, the mean over seeds {scoring['seeds']}"
-    write_entry(arguments.output, arguments.env, entry, comment, arguments.replace)
+    with _one_line_errors():
+        entry = best_entry(study, settings)
+        best = study.best_trial
+        comment = f"Trial {best.number} of study {study.study_name}: {best.value:.2f}, the mean over seeds {scoring['seeds']}"
+        write_entry(arguments.output, arguments.env, entry, comment, arguments.replace)
     print(f"wrote {arguments.env} into {arguments.output}")
 
 

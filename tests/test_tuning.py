@@ -155,6 +155,22 @@ def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: Po
     assert states("killed", postgres.url()).count(TrialState.COMPLETE) == 4
 
 
+def test_two_processes_of_the_zoo_share_a_study(tmp_path: Path) -> None:
+    url = str(tmp_path / "study.log")
+    command = [sys.executable, "-m", "sb3_lecture_dqn.zoo", "train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *SEARCH]
+    command += ["--storage", url, "--study-name", "shared", "--n-trials", "3", "-f", str(tmp_path)]
+    processes = [
+        subprocess.Popen([*command, "--seed", seed], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for seed in "01"
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+    trials = optuna.load_study(study_name="shared", storage=open_storage(url)).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6
+    assert len({trial.user_attrs["runner"] for trial in trials}) == 2
+
+
 def states(study_name: str, url: str) -> list[TrialState]:
     with contextlib.suppress(KeyError):
         return [trial.state for trial in optuna.load_study(study_name=study_name, storage=open_storage(url)).trials]
@@ -333,6 +349,18 @@ def test_an_existing_entry_is_replaced_only_when_asked(
     assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
 
 
+def test_a_file_that_cannot_take_the_entry_is_named(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latin.yml").write_bytes(b"CartPole-v0: {policy: \xe9}\n")
+    for output in (tmp_path, tmp_path / "latin.yml"):
+        assert one_line_error(capsys, *study_with_two_trials, "--output", str(output))
+    assert "nowhere.yml" in one_line_error(
+        capsys, *study_with_two_trials, "--output", str(tmp_path / "mine.yml"), "--conf-file", "nowhere.yml"
+    )
+    assert not (tmp_path / "mine.yml").exists()
+
+
 def test_an_entry_that_others_refer_to_is_not_replaced(
     study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,7 +414,10 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     assert "no_such_package" in one_line_error(capsys, *cartpole, "--gym-packages", "no_such_package")
     assert "nowhere.yml" in one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml")
     assert "cannot be opened" in one_line_error(capsys, *cartpole, "--storage", "no url")
+    (tmp_path / "poem.log").write_text("no journal\n")
+    assert "must be a journal file" in one_line_error(capsys, *cartpole, "--storage", "poem.log")
     assert "there is no study" in one_line_error(capsys, "best", "--env", "CartPole-v1", "--output", "mine.yml")
+    assert [path.name for path in tmp_path.iterdir()] == ["poem.log"]
 
 
 def test_a_study_of_another_environment_or_algorithm_is_left_alone(

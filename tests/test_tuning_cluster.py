@@ -306,6 +306,23 @@ class SlowEngine(LosingEngine):
         return [Outcome(number, TrialState.COMPLETE, float(number)) for number, _ in self.attempts[-1:]]
 
 
+class NanEngine(LosingEngine):
+    """An engine on which every score is not a number."""
+
+    def wait(self, seconds: float) -> list[Any]:
+        from sb3_lecture_dqn.tuning.engine import Outcome
+
+        attempts, self.attempts = self.attempts, []
+        return [Outcome(number, TrialState.COMPLETE, float("nan")) for number, _ in attempts]
+
+
+def test_a_score_that_is_not_a_number_fails_the_trial_with_that_reason(tmp_path: Path) -> None:
+    driver = driver_on(NanEngine(is_lossy=False), tmp_path, max_retries=0)
+    driver.run(2, lambda trials: None)
+    assert [trial.state for trial in driver.study.trials] == [TrialState.FAIL] * 2
+    assert {trial.user_attrs["failure"] for trial in driver.study.trials} == {"its score is not a number"}
+
+
 def test_a_study_with_trials_in_its_queue_gets_as_many_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -147,10 +148,11 @@ class Driver:
             _logger.warning("trial %d failed: %s", outcome.number, outcome.reason)
             fail(self.study, read_trial(self.study, trial), outcome.reason)
             return
-        # without a state Optuna fails a score that is not a number, as it does in the zoo
-        state = None if outcome.state == TrialState.COMPLETE else outcome.state
+        if outcome.value is not None and math.isnan(outcome.value):  # which Optuna fails too, without saying why
+            fail(self.study, read_trial(self.study, trial), "its score is not a number")
+            return
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # told, though the database could not say so
-            self.study.tell(trial, outcome.value, state=state, skip_if_finished=True)
+            self.study.tell(trial, outcome.value, state=outcome.state, skip_if_finished=True)
 
     def _let_go(self, number: int) -> optuna.Trial:
         trial, _ = self._running.pop(number)

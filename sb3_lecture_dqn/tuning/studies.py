@@ -1,5 +1,6 @@
 """Which study it is, who runs its trials, and which of them are lost."""
 
+import json
 import os
 import threading
 import uuid
@@ -51,6 +52,8 @@ def open_study(storage: BaseStorage, name: str, scoring: Mapping[str, Any]) -> o
         study.set_user_attr(SCORING, dict(scoring))
     except (exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
         raise TuningError(f"storage of study {name!r} cannot be written: {first_line(error)}") from error
+    except json.JSONDecodeError as error:
+        raise TuningError(f"storage of study {name!r} must be a journal file, got something else: {error}") from error
     wait_for_outages(storage)
     return study
 
