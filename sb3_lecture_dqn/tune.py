@@ -97,7 +97,7 @@ def tune(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise TuningError("the engine is missing: pip install 'sb3-lecture-dqn[tune]'")
     from sb3_lecture_dqn.tuning.driver import Driver
-    from sb3_lecture_dqn.tuning.engine import RayEngine, check_address
+    from sb3_lecture_dqn.tuning.engine import check_address
 
     settings = zoo.TrialSettings(
         arguments.env,
@@ -112,20 +112,27 @@ def tune(arguments: argparse.Namespace) -> None:
     check_address(arguments.ray_address)
     with tempfile.TemporaryDirectory() as folder, _one_line_errors():
         manager = zoo.make_manager(settings, folder, **search)
-    study = open_study(open_storage(_storage_url(arguments)), _study_name(arguments), zoo.scoring_of(manager))
-    engine = RayEngine(arguments.ray_address, arguments.workers)
-    try:
+    storage = open_storage(_storage_url(arguments))
+    with contextlib.ExitStack() as stack:
+        # to join a cluster starts nothing, so that comes first; a cluster of our own is started when all else is right
+        cluster = _enter_engine(stack, arguments) if arguments.ray_address else None
+        study = open_study(storage, _study_name(arguments), zoo.scoring_of(manager))
+        engine = cluster or _enter_engine(stack, arguments)
         with Runner(study, arguments.max_retries) as runner:
             driver = Driver(study, manager, settings, engine, runner, arguments.seed)
             with _stopped_by_signals(driver) as signals:
                 driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
-    finally:
-        engine.close()
     name = f"report_{arguments.env}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
     for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
         print(f"wrote {path}")
     if signals:
         raise KeyboardInterrupt
+
+
+def _enter_engine(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> Any:
+    from sb3_lecture_dqn.tuning.engine import RayEngine
+
+    return stack.enter_context(contextlib.closing(RayEngine(arguments.ray_address, arguments.workers)))
 
 
 @contextlib.contextmanager

@@ -420,6 +420,21 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["poem.log"]
 
 
+def test_a_cluster_that_is_not_there_leaves_no_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sb3_lecture_dqn.tuning import engine
+
+    def no_cluster(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nStart one.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine.ray, "init", no_cluster)
+    arguments = ["--env", "CartPole-v1", "--trials", "1", "--ray-address", "auto"]
+    assert "Ray cluster auto cannot be reached: Could not find" in one_line_error(capsys, *arguments)
+    assert "there is no study" in one_line_error(capsys, "best", "--env", "CartPole-v1", "--output", "mine.yml")
+
+
 def test_a_study_of_another_environment_or_algorithm_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
