@@ -159,7 +159,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:
-        raise TuningError(str(error).splitlines()[0]) from error
+        raise TuningError(first_line(error)) from error
 
 
 def _study_name(arguments: argparse.Namespace) -> str:

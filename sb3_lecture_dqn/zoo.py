@@ -33,7 +33,7 @@ from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import PatientStorage, open_storage
+from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
 from sb3_lecture_dqn.tuning.studies import Runner, open_study
 
 ALGORITHM = "lecture_dqn"
@@ -138,11 +138,17 @@ EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(get_model_path)
-    for parameter in ("folder", "algo"):
+def _signature_with(function: Callable[..., Any], *parameters: str) -> inspect.Signature:
+    """The signature of one of the zoo's functions, which must take these arguments."""
+    signature = inspect.signature(function)
+    for parameter in parameters:
         if parameter not in signature.parameters:
-            raise TypeError(f"get_model_path takes no argument {parameter}")
+            raise TypeError(f"{function.__qualname__} takes no argument {parameter}")
+    return signature
+
+
+def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
+    signature = _signature_with(get_model_path, "folder", "algo")
 
     @functools.wraps(get_model_path)
     def get_path(*args: Any, **kwargs: Any) -> Any:
@@ -161,10 +167,7 @@ def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[...
 
 
 def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(init)
-    for parameter in ("algo", "config"):
-        if parameter not in signature.parameters:
-            raise TypeError(f"ExperimentManager takes no argument {parameter}")
+    signature = _signature_with(init, "algo", "config")
 
     @functools.wraps(init)
     def init_with_our_config(*args: Any, **kwargs: Any) -> None:
@@ -219,7 +222,9 @@ def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[A
         try:
             return setup_experiment(manager)
         except Exception:
-            if manager.algo == ALGORITHM and not was_there:
+            # the zoo writes this file last: a run that has it is another process's, begun at the same moment
+            has_begun = (Path(manager.params_path) / "config.yml").exists()
+            if manager.algo == ALGORITHM and not was_there and not has_begun:
                 shutil.rmtree(run_folder, ignore_errors=True)
             raise
 
@@ -269,11 +274,19 @@ def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, 
 def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(optimize)
     def optimize_safely(manager: Any) -> None:
-        # without a name nobody can join the study, nor take up what it lost
-        if manager.algo != ALGORITHM or not manager.storage or not manager.study_name:
+        if manager.algo != ALGORITHM:
             return optimize(manager)
-        storage = open_storage(manager.storage)
-        study = open_study(storage, manager.study_name, scoring_of(manager))
+        n_trials = manager.n_trials if manager.max_total_trials is None else manager.max_total_trials
+        if n_trials < 1:
+            raise SystemExit(f"error: the number of trials must be at least 1, got {n_trials}")
+        # without a name nobody can join the study, nor take up what it lost
+        if not manager.storage or not manager.study_name:
+            return optimize(manager)
+        try:
+            storage = open_storage(manager.storage)
+            study = open_study(storage, manager.study_name, scoring_of(manager))
+        except TuningError as error:
+            raise SystemExit(f"error: {error}") from error
         if isinstance(storage, PatientStorage):
             manager.storage = storage
         with Runner(study) as manager.runner:

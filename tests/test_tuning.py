@@ -134,8 +134,15 @@ def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(zoo_train: An
 def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1")
-    with pytest.raises(studies.TuningError, match=r"study 'short' was made with n_timesteps 200, got 300: choose another"):
+    with pytest.raises(
+        SystemExit, match=r"^error: study 'short' was made with n_timesteps 200, got 300: choose another[^\n]+$"
+    ):
         zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1", "-n", "300")
+    with pytest.raises(SystemExit, match=r"^error: storage no url cannot be opened: [^\n]+$"):
+        zoo_train(*SEARCH, "--storage", "no url", "--study-name", "short", "--n-trials", "1")
+    for no_trials in ("--n-trials", "--max-total-trials"):
+        with pytest.raises(SystemExit, match=r"^error: the number of trials must be at least 1, got 0$"):
+            zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", no_trials, "0")
     assert len(optuna.load_study(study_name="short", storage=storage).trials) == 1
 
 
