@@ -427,6 +427,41 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["poem.log"]
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"hm", b""])
+def test_a_port_where_something_else_answers_is_no_cluster(
+    answer: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1024)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        error = one_line_error(capsys, "--env", "CartPole-v1", "--trials", "1", "--ray-address", address)
+        thread.join()
+    assert error == f"error: Ray cluster {address} cannot be reached: something else answers there\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_says_nothing_is_no_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sb3_lecture_dqn.tuning import engine
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine, "CONNECT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        error = one_line_error(capsys, "--env", "CartPole-v1", "--trials", "1", "--ray-address", address)
+    assert error == f"error: Ray cluster {address} cannot be reached: timed out\n"
+
+
 def test_a_cluster_that_is_not_there_leaves_no_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

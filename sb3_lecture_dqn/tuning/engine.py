@@ -24,6 +24,11 @@ from sb3_lecture_dqn.tuning.storage import TuningError
 
 #: One worker waits for each answer; Ray's own limit is 1000.
 MAILBOX_CALLS = 100_000
+#: How long a cluster may take to answer.
+CONNECT_SECONDS = 5.0
+#: The preface of HTTP/2 and an empty frame of settings, whose header names length, type, flags and stream.
+FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])
 #: Tasks and results are a few hundred bytes; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
 
@@ -250,9 +255,28 @@ def check_address(address: str | None) -> None:
     if not separator or not port.isdigit() or "/" in host:
         raise TuningError(f"--ray-address must be auto or HOST:PORT, got {address}")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as connection:
+            is_ray = _uses_tls() or _speaks_grpc(connection)
     except OSError as error:
         raise TuningError(f"Ray cluster {address} cannot be reached: {error}") from error
+    if not is_ray:
+        raise TuningError(f"Ray cluster {address} cannot be reached: something else answers there")
+
+
+def _uses_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Greet a server as HTTP/2 (RFC 9113, 3.4), on which gRPC and so Ray's head node rests; it answers with its settings."""
+    connection.sendall(HTTP2_GREETING)
+    answer = b""
+    while len(answer) < FRAME_HEADER_BYTES:
+        received = connection.recv(FRAME_HEADER_BYTES - len(answer))
+        if not received:
+            return False
+        answer += received
+    return answer[3] == SETTINGS_FRAME
 
 
 def _outcome(number: int, reference: Any) -> Outcome:
