@@ -26,7 +26,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -294,6 +294,9 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
+        of_n_steps = {"n_steps": self.n_steps, "gamma": self.gamma}
+        if self.replay_buffer_class is NStepReplayBuffer and of_n_steps.items() <= self.replay_buffer_kwargs.items():
+            self.replay_buffer_class = None  # a loaded model's: SB3 takes it again, and would warn of one of the user's own
         is_plain = self.n_steps == 1 and not self.optimize_memory_usage
         if self.replay_buffer_class is None and is_plain and not isinstance(self.observation_space, spaces.Dict):
             self.replay_buffer_class = ContiguousReplayBuffer
