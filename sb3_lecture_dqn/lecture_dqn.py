@@ -295,8 +295,10 @@ class LectureDQN(OffPolicyAlgorithm):
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
         of_n_steps = {"n_steps": self.n_steps, "gamma": self.gamma}
-        if self.replay_buffer_class is NStepReplayBuffer and of_n_steps.items() <= self.replay_buffer_kwargs.items():
-            self.replay_buffer_class = None  # a loaded model's: SB3 takes it again, and would warn of one of the user's own
+        agrees = {**of_n_steps, **self.replay_buffer_kwargs}.items() >= of_n_steps.items()
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1 and agrees:
+            # A loaded model's, maybe with new arguments: SB3 gives it n and γ only where it chooses the class itself.
+            self.replay_buffer_class = None
         is_plain = self.n_steps == 1 and not self.optimize_memory_usage
         if self.replay_buffer_class is None and is_plain and not isinstance(self.observation_space, spaces.Dict):
             self.replay_buffer_class = ContiguousReplayBuffer

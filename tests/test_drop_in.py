@@ -162,19 +162,23 @@ def test_n_step_returns_reach_the_target() -> None:
     assert set(batch.discounts.flatten()[full].tolist()) == {0.125}
 
 
+@pytest.mark.parametrize("changes", [{}, {"replay_buffer_kwargs": {"handle_timeout_termination": True}}])
 def test_a_model_with_n_step_returns_is_loaded_without_a_warning_and_keeps_them(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    changes: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, gamma=0.5, **SMALL).save(tmp_path / "model")
-    loaded = LectureDQN.load(tmp_path / "model")
+    LectureDQN("MlpPolicy", "CartPole-v1", n_steps=4, gamma=0.5, **SMALL).save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", **changes)  # as the zoo's -i does, with the entry's own arguments
     assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
     assert isinstance(loaded.replay_buffer, NStepReplayBuffer)
-    assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (3, 0.5)
+    assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (4, 0.5)
 
 
 def test_n_steps_beside_a_replay_buffer_of_the_users_own_warn_as_in_sb3() -> None:
+    class OwnBuffer(NStepReplayBuffer):
+        pass
+
     with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
-        LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_class=NStepReplayBuffer, **SMALL)
+        LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_class=OwnBuffer, **SMALL)
 
 
 @pytest.mark.parametrize("train_freq", [1, 4, (4, "step"), (1, "episode")])
