@@ -201,6 +201,14 @@ def _steps_per_second(algorithm: type[Any], env: Any, n_envs: int) -> float:
     return max(rates)
 
 
+def step_of_cart_pole(algorithm: type[Any]) -> float:
+    """A step in the vector environment that an algorithm makes of CartPole, always the same action."""
+    env = algorithm("MlpPolicy", "CartPole-v1", buffer_size=1).get_env()
+    env.reset()
+    actions = np.array([0])
+    return microseconds(lambda: env.step(actions))
+
+
 def print_choices() -> None:
     """What was chosen beside what was not, on one thread."""
     th.set_num_threads(1)
@@ -225,6 +233,8 @@ def print_choices() -> None:
             "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),
             "128 of 50 000 transitions: one record each": microseconds(lambda: model.replay_buffer.sample(128)),
             "128 of 50 000 transitions: SB3's arrays": microseconds(lambda: sb3.replay_buffer.sample(128)),
+            "a step of CartPole-v1 in a vector environment of one": step_of_cart_pole(LectureDQN),
+            "a step of CartPole-v1 in SB3's vector environment": step_of_cart_pole(DQN),
         }
     print("| | µs |\n|---|---|")
     for choice, cost in costs.items():

@@ -39,9 +39,11 @@ from stable_baselines3.common.type_aliases import (
     TensorDict,
 )
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_lecture_dqn.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.divergence import DivergenceWatch
+from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast_acting import FastActing
 from sb3_lecture_dqn.fast_update import FastUpdate
 from sb3_lecture_dqn.files import add_checksums, check_model_file, replace_when_written
@@ -317,6 +319,15 @@ class LectureDQN(OffPolicyAlgorithm):
         if self.exploration_fraction == 0:  # SB3's LinearSchedule would divide by it
             return ConstantSchedule(self.exploration_final_eps)
         return LinearSchedule(self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction)
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As SB3 wraps it; one environment in a vector environment that costs less."""
+        vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        if isinstance(env, VecEnv) or type(vec_env) is not DummyVecEnv:
+            return vec_env
+        is_of_parts = isinstance(vec_env.observation_space, (spaces.Dict, spaces.Tuple))
+        return vec_env if is_of_parts else SingleVecEnv(vec_env.envs[0])
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net

@@ -39,6 +39,7 @@ OPTUNA_ADVICE = "Optuna has changed: sb3_lecture_dqn/tuning/storage.py must foll
         ("_get_torch_save_params", []),
         ("dump_logs", []),
         ("set_random_seed", ["seed"]),
+        ("_wrap_env", ["verbose", "monitor_wrapper"]),
         ("save", ["path", "exclude", "include"]),
     ],
 )
