@@ -326,8 +326,7 @@ class LectureDQN(OffPolicyAlgorithm):
         vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
         if isinstance(env, VecEnv) or type(vec_env) is not DummyVecEnv:
             return vec_env
-        is_of_parts = isinstance(vec_env.observation_space, (spaces.Dict, spaces.Tuple))
-        return vec_env if is_of_parts else SingleVecEnv(vec_env.envs[0])
+        return SingleVecEnv(vec_env.envs[0])
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net

@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
@@ -14,15 +13,12 @@ class SingleVecEnv(DummyVecEnv):
     SB3's ``DummyVecEnv`` of one environment: the same steps, in fewer microseconds of its own.
 
     ``DummyVecEnv`` gathers the steps of its environments in buffers and gives deep copies of those. With one environment there
-    is nothing to gather: its step is the step.
+    is nothing to gather: its step is the step. Observations of several arrays are left to ``DummyVecEnv``.
 
-    :param env: The environment; its observations are arrays or numbers
-    :raises ValueError: if its observations are dictionaries or tuples
+    :param env: The environment
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
-        if isinstance(env.observation_space, (spaces.Dict, spaces.Tuple)):
-            raise ValueError(f"env must have observations of one array, got {env.observation_space}")
         super().__init__([lambda: env])
         self._batch_shape = (1, *(self.observation_space.shape or ()))
 
@@ -32,6 +28,8 @@ class SingleVecEnv(DummyVecEnv):
 
         :return: Observations, rewards, dones and infos, as ``DummyVecEnv`` has them
         """
+        if self.keys != [None]:  # a dictionary or a tuple
+            return super().step_wait()
         env = self.envs[0]
         observation, reward, terminated, truncated, info = env.step(self.actions[0])
         done = terminated or truncated
