@@ -13,7 +13,7 @@ result file is not repeated, unless the entry has changed since; a run that is k
 
 Evaluations do not count as time of training. ``tables.py`` and ``figures.py`` show what is in the result files.
 
-Needs ``sb3-lecture-dqn[dev]``, and MinAtar for its row.
+Needs ``sb3-lecture-dqn[dev]``.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import numpy as np
 import rl_zoo3
 import torch as th
 import yaml
+from gymnasium.error import DependencyNotInstalled
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.callbacks import BaseCallback
@@ -74,8 +75,8 @@ class Row:
     :param steps: Environment steps of each training
     :param target: The interquartile mean to reach; ``None`` for "above SB3's DQN"
     :param published: What the zoo publishes for its DQN
-    :param settings: ``"zoo"`` for each algorithm's own hyperparameter entry, ``"defaults"`` for the constructors' defaults, or
-        an entry for both
+    :param settings: ``"zoo"`` for each algorithm's own hyperparameter entry, ``"ours"`` for LectureDQN's for both, or
+        ``"defaults"`` for the constructors' defaults
     :param n_seeds: Number of seeds, from 0
     :param solved: Mean return from which an evaluation, or a seed, counts as solved
     :param n_solved: How many seeds have to be solved
@@ -86,31 +87,12 @@ class Row:
     steps: int
     target: float | None = None
     published: str = ""
-    settings: Literal["zoo", "defaults"] | dict[str, Any] = "zoo"
+    settings: Literal["zoo", "ours", "defaults"] = "zoo"
     n_seeds: int = 10
     solved: float | None = None
     n_solved: int = 0
     is_relative: bool = False
 
-
-#: The settings of MinAtar's paper (https://arxiv.org/abs/1903.03176), with Adam, and an update every fourth step as the zoo
-#: has it for Atari. One 3 x 3 convolution of 16 channels, and the same two layers behind it for both.
-MINATAR = {
-    "env_wrapper": "minatar_breakout.Pixels",
-    "policy": "CnnPolicy",
-    "policy_kwargs": "dict(net_arch=[256, 256], features_extractor_class=get_class_by_name('minatar_breakout.Encoder'))",
-    "learning_rate": 2.5e-4,
-    "buffer_size": 100_000,
-    "batch_size": 32,
-    "learning_starts": 5_000,
-    "gamma": 0.99,
-    "train_freq": 4,
-    "gradient_steps": 1,
-    "target_update_interval": 1_000,
-    "exploration_fraction": 0.2,
-    "exploration_final_eps": 0.1,
-    "max_grad_norm": 10,
-}
 
 ROWS = {
     "CartPole-v1": Row("CartPole-v1", 20_000, target=500, published="500 at 50 000 steps"),
@@ -119,7 +101,7 @@ ROWS = {
     "LunarLander-v2": Row("LunarLander-v2", 100_000, target=250, published="154.4", solved=200, n_solved=9),
     "LunarLander-v2-500k": Row("LunarLander-v2", 500_000, target=275, published="(PPO at 1 000 000 steps: 242)"),
     "RoboParking-v0": Row("RoboParking-v0", 50_000, target=-3, is_relative=True),
-    "MinAtar-Breakout": Row("MinAtar/Breakout-v1", 500_000, settings=MINATAR, n_seeds=3),
+    "MinAtar-Breakout": Row("MinAtar/Breakout-v1", 500_000, settings="ours", n_seeds=3),
     "CartPole-v1-defaults": Row("CartPole-v1", 50_000, settings="defaults"),
     "Acrobot-v1-defaults": Row("Acrobot-v1", 50_000, settings="defaults"),
     "LunarLander-v2-defaults": Row("LunarLander-v2", 100_000, settings="defaults"),
@@ -153,13 +135,10 @@ class Run:
 
 def read_entry(run: Run) -> dict[str, Any]:
     """The hyperparameter entry of a run, in the zoo's notation, with the row's budget."""
-    settings = run.row.settings
-    if settings == "defaults":
+    if run.row.settings == "defaults":
         entry = {"policy": "MlpPolicy"}
-    elif isinstance(settings, dict):
-        entry = settings
     else:
-        entry = _read_file_entry(run.algorithm, run.row.env)
+        entry = _read_file_entry("lecture_dqn" if run.row.settings == "ours" else run.algorithm, run.row.env)
     return {**entry, **run.params, "n_timesteps": run.row.steps}
 
 
@@ -190,10 +169,6 @@ def settings_in_use(run: Run) -> dict[str, Any]:
 def make_manager(run: Run, folder: Path) -> tuple[Any, Any]:
     """The zoo's manager of a run, after its set-up, and the model that it made."""
     register()
-    if run.row.env.startswith("MinAtar/"):
-        import minatar_breakout
-
-        minatar_breakout.register()
     config = folder / "entry.yml"
     config.write_text(yaml.safe_dump({run.row.env: read_entry(run)}))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -406,7 +381,11 @@ def runs_of(
 def carry_out(run: Run, folder: Path) -> None:
     """Train, evaluate and write the line: what each process does."""
     print(f"{run}: starts", flush=True)
-    append_result(train_and_evaluate(run, lambda line: print(f"{run}: {line}", flush=True)), folder)
+    try:
+        result = train_and_evaluate(run, lambda line: print(f"{run}: {line}", flush=True))
+    except DependencyNotInstalled as error:
+        sys.exit(f"{run}: {error}")
+    append_result(result, folder)
 
 
 def run_in_processes(

@@ -5,24 +5,22 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import figures
 import gymnasium
-import minatar_breakout
 import numpy as np
 import pytest
 import results
 import tables
 from dying import KILLED, write_or_die
-from gymnasium import spaces
 from matplotlib import pyplot as plt
 from results import ROWS, Run
 from rliable import metrics
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN
+from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs
 
 CARTPOLE = "CartPole-v1"
@@ -257,54 +255,24 @@ def test_the_optimal_driver_starts_where_the_evaluation_starts() -> None:
 # --- Breakout -------------------------------------------------------------------------------------------------------------
 
 
-class Planes(gymnasium.Env[np.ndarray, int]):
-    """An environment with the observations of MinAtar's Breakout."""
-
-    observation_space = spaces.Box(0, 1, (10, 10, 4), bool)  # type: ignore[arg-type]
-    action_space = spaces.Discrete(3)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.n_steps = 0
-        return self._observe(), {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.n_steps += 1
-        return self._observe(), 1.0, self.n_steps == 5, False, {}
-
-    def _observe(self) -> np.ndarray:
-        return self.np_random.random((10, 10, 4)) < 0.1
+def test_breakout_trains_both_algorithms_with_one_encoder(tmp_path: Path) -> None:
+    row = dataclasses.replace(ROWS["MinAtar-Breakout"], steps=40)
+    for algorithm in results.ALGORITHMS:
+        run = Run("MinAtar-Breakout", row, algorithm, 0, {"learning_starts": 10})
+        _, model = results.make_manager(run, tmp_path)
+        encoder = model.policy.q_net.features_extractor
+        assert isinstance(encoder, minatar_breakout.Encoder)
+        assert [tuple(p.shape) for p in encoder.parameters()] == [(16, 4, 3, 3), (16,)]
+        assert encoder.features_dim == 1024
+        assert len(results.train_and_evaluate(run)["returns"]) == 100
 
 
-def test_breakout_trains_both_algorithms_with_one_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "minatar", ModuleType("minatar"))
-    with monkeypatch.context() as patch:
-        patch.delitem(gymnasium.registry, minatar_breakout.ENV_ID, raising=False)
-        gymnasium.register(minatar_breakout.ENV_ID, entry_point=Planes)
-        row = dataclasses.replace(ROWS["MinAtar-Breakout"], steps=40)
-        for algorithm in results.ALGORITHMS:
-            run = Run("MinAtar-Breakout", row, algorithm, 0, {"learning_starts": 10})
-            _, model = results.make_manager(run, tmp_path)
-            encoder = model.policy.q_net.features_extractor
-            assert isinstance(encoder, minatar_breakout.Encoder)
-            assert [tuple(p.shape) for p in encoder.parameters()] == [(16, 4, 3, 3), (16,)]
-            assert encoder.features_dim == 1024
-            assert results.train_and_evaluate(run)["returns"] == [5.0] * 100
-        del gymnasium.registry[minatar_breakout.ENV_ID]
-
-
-def test_the_pixels_are_minatars_planes() -> None:
-    env = minatar_breakout.Pixels(Planes())
-    observation, _ = env.reset(seed=0)
-    planes, _ = Planes().reset(seed=0)
-    assert env.observation_space.contains(observation)
-    assert np.array_equal(observation / 255, planes.transpose(2, 0, 1))
-
-
-def test_a_missing_minatar_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "minatar", None)
-    with pytest.raises(SystemExit, match=r"^the row MinAtar-Breakout needs MinAtar: pip install --no-deps MinAtar$"):
-        minatar_breakout.register()
+def test_a_row_without_its_dependency_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    run = Run("MinAtar-Breakout", ROWS["MinAtar-Breakout"], "lecture_dqn", 0)
+    with pytest.raises(SystemExit, match=rf"^{run}: MinAtar/Breakout-v1 needs MinAtar: pip install MinAtar$"):
+        results.carry_out(run, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # --- Tables and pictures --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gymnasium
 
+from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
 from sb3_lecture_dqn.envs.lunar_lander import LunarLanderV2
 from sb3_lecture_dqn.envs.robo_parking import MAX_EPISODE_STEPS, RoboParkingEnv, RoboParkingVectorEnv
@@ -19,6 +20,12 @@ def register_envs() -> None:
             entry_point="sb3_lecture_dqn.envs.robo_parking:RoboParkingEnv",
             vector_entry_point="sb3_lecture_dqn.envs.robo_parking:RoboParkingVectorEnv",
             max_episode_steps=MAX_EPISODE_STEPS,
+        )
+    if minatar_breakout.ENV_ID not in gymnasium.registry:
+        gymnasium.register(
+            id=minatar_breakout.ENV_ID,
+            entry_point="sb3_lecture_dqn.envs.minatar_breakout:make_breakout",
+            max_episode_steps=minatar_breakout.MAX_EPISODE_STEPS,
         )
 
 

@@ -1,13 +1,14 @@
 """
-MinAtar's Breakout (https://github.com/kenjyoung/MinAtar) as an environment of pixels, and the encoder for it.
+MinAtar's Breakout (https://github.com/kenjyoung/MinAtar), its observations as an image, and the encoder of its paper.
 
-MinAtar is not among this project's dependencies: ``pip install --no-deps MinAtar``.
+MinAtar comes with the extra ``extra``.
 """
 
 import gymnasium
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
@@ -16,23 +17,19 @@ ENV_ID = "MinAtar/Breakout-v1"
 MAX_EPISODE_STEPS = 5_000
 
 
-def register() -> None:
+def make_breakout(render_mode: str | None = None) -> gymnasium.Env[np.ndarray, int]:
     """
-    Register Breakout with its minimal set of actions.
+    Breakout with its three actions, as MinAtar registers it.
 
-    :raises SystemExit: if MinAtar is not installed
+    :param render_mode: One of MinAtar's
+    :raises DependencyNotInstalled: if MinAtar is not installed
     """
     try:
-        import minatar  # noqa: F401
+        from minatar.gym import BaseEnv
     except ImportError:
-        raise SystemExit("the row MinAtar-Breakout needs MinAtar: pip install --no-deps MinAtar") from None
-    if ENV_ID not in gymnasium.registry:
-        gymnasium.register(
-            id=ENV_ID,
-            entry_point="minatar.gym:BaseEnv",
-            max_episode_steps=MAX_EPISODE_STEPS,
-            kwargs={"game": "breakout", "use_minimal_action_set": True},
-        )
+        raise DependencyNotInstalled(f"{ENV_ID} needs MinAtar: pip install MinAtar") from None
+    env: gymnasium.Env[np.ndarray, int] = BaseEnv("breakout", render_mode=render_mode, use_minimal_action_set=True)
+    return env
 
 
 class Pixels(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
@@ -54,7 +51,7 @@ class Pixels(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
 
 class Encoder(BaseFeaturesExtractor):
     """
-    The encoder of MinAtar's paper: one 3 × 3 convolution of 16 channels.
+    The encoder of MinAtar's paper (https://arxiv.org/abs/1903.03176): one 3 × 3 convolution of 16 channels.
 
     :param observation_space: Images, channels first
     """

@@ -1,0 +1,37 @@
+"""MinAtar's Breakout as an environment of pixels."""
+
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.error import DependencyNotInstalled
+
+from sb3_lecture_dqn.envs import minatar_breakout
+
+
+def test_breakout_is_registered_with_its_three_actions() -> None:
+    env = gymnasium.make("MinAtar/Breakout-v1")
+    assert env.action_space == gymnasium.spaces.Discrete(3)
+    assert env.observation_space == gymnasium.spaces.Box(0, 1, (10, 10, 4), bool)  # type: ignore[arg-type]
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == 5000
+
+
+def test_the_pixels_are_minatars_planes() -> None:
+    env = minatar_breakout.Pixels(gymnasium.make(minatar_breakout.ENV_ID))
+    image, _ = env.reset(seed=3)
+    is_over, n_images = False, 0
+    while not is_over:
+        planes = env.unwrapped.game.state()  # type: ignore[attr-defined]
+        assert env.observation_space.contains(image)
+        assert np.array_equal(image / 255, planes.transpose(2, 0, 1))
+        image, _, terminated, truncated, _ = env.step(n_images % 3)
+        is_over, n_images = terminated or truncated, n_images + 1
+    assert n_images > 5
+
+
+def test_a_missing_minatar_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    with pytest.raises(DependencyNotInstalled, match=r"^MinAtar/Breakout-v1 needs MinAtar: pip install MinAtar$"):
+        gymnasium.make(minatar_breakout.ENV_ID)
