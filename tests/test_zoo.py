@@ -48,7 +48,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_saves_a_model_that_was_trained_by_our_hyperparameter_file(trained_folder: Path) -> None:
     run_folder = trained_folder / "logs" / "lecture_dqn" / "LunarLander-v2_1"
     model = LectureDQN.load(run_folder / "LunarLander-v2.zip")
-    assert model._n_updates == 400
+    assert model._n_updates == 200  # two for four steps
     config = yaml.unsafe_load((run_folder / "LunarLander-v2" / "config.yml").read_text())
     ours = yaml.safe_load(zoo.HYPERPARAMS_FILE.read_text())["LunarLander-v2"]
     assert dict(config) == ours
@@ -312,7 +312,7 @@ def test_load_from_hub_lays_a_models_files_out_for_enjoy(
         organization="someone",
     )
     downloaded = tmp_path / "agents" / "lecture_dqn" / "LunarLander-v2_1" / "LunarLander-v2.zip"
-    assert LectureDQN.load(downloaded)._n_updates == 400
+    assert LectureDQN.load(downloaded)._n_updates == 200
 
 
 def test_every_entry_of_the_hyperparameter_file_builds_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
