@@ -5,12 +5,18 @@ It computes what ``QNetwork.q_net`` and autograd compute, without modules and wi
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeGuard
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard
 
 import torch as th
 from torch import nn
 
 from sb3_lecture_dqn.policies import QNetwork
+from sb3_lecture_dqn.second_thread import SecondThread
+
+# Without the overload's name PyTorch would look for it at each call.
+_layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
+_leaky_relu_backward = th.ops.aten.leaky_relu_backward.grad_input
 
 # Tensors stand here instead of modules: asking a module for a parameter takes as long as a small operation.
 
@@ -109,8 +115,18 @@ def has_hooks(q_net: QNetwork) -> bool:
     :param q_net: The network
     :return: Whether a hook is registered on it, its encoder or one of its layers
     """
+    return any(hooks_of(q_net))
+
+
+def hooks_of(q_net: QNetwork) -> list[dict[int, Any]]:
+    """
+    What holds the hooks of a Q network, its encoder and its layers.
+
+    :param q_net: The network
+    :return: Dictionaries that are empty as long as no hook is registered
+    """
     modules = (q_net, q_net.features_extractor, *q_net.q_net)
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
 
 
 class HeadPass(NamedTuple):
@@ -162,7 +178,9 @@ def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
     return HeadPass(inputs, linear_outputs, means_and_rstds, q_values)
 
 
-def backward(head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool) -> th.Tensor | None:
+def backward(
+    head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool, second_thread: SecondThread
+) -> th.Tensor | None:
     """
     The gradients of the head's parameters.
 
@@ -171,17 +189,19 @@ def backward(head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, n
     :param made: The forward pass
     :param gradient: The gradient of the Q values, shape (B, |A|)
     :param needs_features: Whether the gradient of the features is needed
+    :param second_thread: What computes the weights' gradients while this goes on with the layers below
     :return: The gradient of the features, shape (B, features_dim), if needed
     """
     _linear_gradients(gradients.final_layer, made.inputs[-1], gradient)
     gradient = gradient @ head.final_layer.weight
+    tasks = []
     for index in reversed(range(len(head.hidden_layers))):
         linear, layer_norm, negative_slope = head.hidden_layers[index]
         linear_gradients, layer_norm_gradients, _ = gradients.hidden_layers[index]
         # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
-        th.ops.aten.leaky_relu_backward(gradient, made.inputs[index + 1], negative_slope, True, grad_input=gradient)
+        _leaky_relu_backward(gradient, made.inputs[index + 1], negative_slope, True, grad_input=gradient)
         if layer_norm is not None and layer_norm_gradients is not None:
-            gradient, weight_gradient, bias_gradient = th.ops.aten.native_layer_norm_backward(
+            gradient, weight_gradient, bias_gradient = _layer_norm_backward(
                 gradient,
                 made.linear_outputs[index],
                 layer_norm.shape,
@@ -192,9 +212,13 @@ def backward(head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, n
             )
             layer_norm_gradients.weight.copy_(weight_gradient)
             layer_norm_gradients.bias.copy_(bias_gradient)
-        _linear_gradients(linear_gradients, made.inputs[index], gradient)
         if index > 0 or needs_features:
+            tasks.append(second_thread.start(partial(_linear_gradients, linear_gradients, made.inputs[index], gradient)))
             gradient = gradient @ linear.weight
+        else:
+            _linear_gradients(linear_gradients, made.inputs[index], gradient)
+    for task in tasks:
+        task.result()
     return gradient if needs_features else None
 
 

@@ -8,16 +8,22 @@ hold anyway.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, ClassVar
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, has_hooks, read_head
+from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, hooks_of, read_head
 from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, is_plain_adam, views
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
+from sb3_lecture_dqn.second_thread import SecondThread, Task
 
 #: What computes the same in training mode and in evaluation mode.
 MODELESS_MODULES = (
@@ -33,24 +39,63 @@ MODELESS_MODULES = (
 )
 
 
-def split_observations(observations: Any, batch_size: int) -> list[Any]:
+def split(values: Any, sizes: int | list[int]) -> list[Any]:
     """
-    Cut observations into batches.
+    Cut rows into parts.
 
-    :param observations: A tensor, or a dictionary of tensors, of any number of batches
-    :param batch_size: Number of observations in a batch
-    :return: The batches
+    :param values: A tensor, or a dictionary of tensors, of the same number of rows
+    :param sizes: Number of rows of each part
+    :return: The parts
     """
-    if not isinstance(observations, dict):
-        return list(th.split(observations, batch_size))
-    parts = {key: th.split(value, batch_size) for key, value in observations.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    if not isinstance(values, dict):
+        return list(th.split(values, sizes))
+    parts = {key: th.split(value, sizes) for key, value in values.items()}
+    return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+
+
+def split_samples(samples: ReplayBufferSamples, sizes: list[int]) -> list[ReplayBufferSamples]:
+    """
+    Cut samples into parts.
+
+    :param samples: What the replay buffer drew
+    :param sizes: Number of transitions of each part
+    :return: The parts
+    """
+    if len(sizes) == 1:
+        return [samples]
+    fields = [[None] * len(sizes) if field is None else split(field, sizes) for field in samples]
+    return [ReplayBufferSamples(*part) for part in zip(*fields, strict=True)]
+
+
+def _batch_of(task: Task[th.Tensor], batch_size: int, index: int) -> th.Tensor:
+    return th.split(task.result(), batch_size)[index]
+
+
+def has_vector_observations(policy: LectureDQNPolicy) -> bool:
+    """
+    Whether an observation is a vector of numbers.
+
+    :param policy: The policy
+    :return: Whether its observation space is a ``Box`` of one dimension
+    """
+    return type(policy.observation_space) is spaces.Box and len(policy.observation_space.shape) == 1
 
 
 def _head_of(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.Tensor.detach) -> Head:
     head = read_head(q_net, tensor_of)
     assert head is not None  # for_policy has looked
     return head
+
+
+def _metrics(
+    actions: th.Tensor, all_q_values: Sequence[th.Tensor], targets: Sequence[th.Tensor], squared_norms: Sequence[th.Tensor]
+) -> tuple[th.Tensor, ...]:
+    """What each step returned, as the metrics that are logged."""
+    n_steps = len(targets)
+    q_values = th.cat(list(all_q_values)).gather(1, actions).view(n_steps, -1)
+    targets_of_steps = th.cat(list(targets)).view_as(q_values)
+    losses = (q_values - targets_of_steps).square_().mean(dim=1)
+    return losses, q_values.mean(dim=1), targets_of_steps.mean(dim=1), th.stack(list(squared_norms)).sqrt_()
 
 
 class FastUpdate:
@@ -60,6 +105,9 @@ class FastUpdate:
     :param policy: The policy, which :meth:`for_policy` has looked at; its parameters become views of flat tensors
     :param optimizer: Its optimizer
     """
+
+    #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
+    rows_ahead: ClassVar[int] = 384
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         self.policy = policy
@@ -71,11 +119,14 @@ class FastUpdate:
         for parameter, view in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = view
         self.addresses = self._addresses()
+        self.hooks = [*hooks_of(policy.q_net), *hooks_of(policy.q_net_target)]
         self.head, self.target_head = _head_of(policy.q_net), _head_of(policy.q_net_target)
         self.head_gradients = _head_of(policy.q_net, gradient_of)
         self.adam = FlatAdam(optimizer, self.theta, self.gradient)
+        self.second_thread = SecondThread()
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
+        self.takes_vectors = type(encoder) is FlattenExtractor and has_vector_observations(policy)
         #: Whether the encoder may compute something else in training mode than in evaluation mode.
         self.needs_training_mode = any(type(module) not in MODELESS_MODULES for module in encoder.modules())
 
@@ -95,7 +146,7 @@ class FastUpdate:
         return cls(policy, policy.optimizer) if is_plain_adam(policy.optimizer, parameters) else None
 
     def _addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in (*self.parameters, *self.target_parameters)]
+        return list(map(th.Tensor.data_ptr, chain(self.parameters, self.target_parameters)))
 
     def is_current(self, policy: LectureDQNPolicy) -> bool:
         """
@@ -106,10 +157,9 @@ class FastUpdate:
         """
         return (
             policy is self.policy
-            and not has_hooks(policy.q_net)
-            and not has_hooks(policy.q_net_target)
+            and not any(self.hooks)
             and self._addresses() == self.addresses
-            and all(p.grad is gradient for p, gradient in zip(self.parameters, self.gradients, strict=True))
+            and all(map(is_, map(attrgetter("grad"), self.parameters), self.gradients))
             and self.adam.is_current()
         )
 
@@ -130,52 +180,66 @@ class FastUpdate:
         :param next_observations: s'
         :return: Q values, shape (B, |A|)
         """
-        target = self.policy.q_net_target
-        features = target.extract_features(next_observations, target.features_extractor)
-        return forward(self.target_head, features)
+        return forward(self.target_head, self._features(self.policy.q_net_target, next_observations))
 
     @th.no_grad()
     def steps(
-        self, observations: Any, actions: th.Tensor, targets: th.Tensor, batch_size: int, max_grad_norm: float | None
-    ) -> tuple[th.Tensor, ...]:
+        self,
+        samples: ReplayBufferSamples,
+        targets_of: Callable[[ReplayBufferSamples], th.Tensor],
+        batch_size: int,
+        max_grad_norm: float | None,
+    ) -> Callable[[], tuple[th.Tensor, ...]]:
         """
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
-        :param observations: s of all batches, one after the other
-        :param actions: a, shape (n_steps · B, 1)
-        :param targets: Targets, shape (n_steps · B, 1)
+        :param samples: All batches, one after the other; the actions of type int64
+        :param targets_of: Gives the targets of a part of them, shape (n, 1)
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
-        :return: The losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping, each of
-            shape (n_steps,)
+        :return: What gives the losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping,
+            each of shape (n_steps,)
         """
-        inputs = observations if self.has_trained_encoder else self._features(observations)
+        targets_of_batches = self._targets(samples, targets_of, batch_size)
+        inputs = samples.observations if self.has_trained_encoder else self._features(self.policy.q_net, samples.observations)
         batches = zip(
-            split_observations(inputs, batch_size),
-            th.split(actions, batch_size),
-            th.split(targets, batch_size),
+            split(inputs, batch_size),
+            split(self._selections(samples.actions, batch_size), batch_size),
+            targets_of_batches,
             strict=True,
         )
         results = [self._step(*batch, max_grad_norm) for batch in batches]
-        q_values, squared_norms = (th.stack(values) for values in zip(*results, strict=True))
-        targets = targets.view_as(q_values)
-        losses = (q_values - targets).square_().mean(dim=(1, 2))
-        self.adam.write_step_count()
-        return losses, q_values.mean(dim=(1, 2)), targets.mean(dim=(1, 2)), squared_norms.sqrt_()
+        return partial(_metrics, samples.actions, *zip(*results, strict=True))
+
+    def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
+        """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
+        n_actions = len(self.head.final_layer.bias)
+        return th.zeros(len(actions), n_actions, dtype=self.theta.dtype).scatter_(1, actions, 2 / batch_size)
+
+    def _targets(
+        self, samples: ReplayBufferSamples, targets_of: Callable[[ReplayBufferSamples], th.Tensor], batch_size: int
+    ) -> Iterator[Callable[[], th.Tensor]]:
+        """The targets of each batch: of the first one, which the steps wait for, and of the others ahead."""
+        n_steps, n_ahead = len(samples.actions) // batch_size, max(self.rows_ahead // batch_size, 1)
+        n_batches = [1, *(min(n_ahead, n_steps - done) for done in range(1, n_steps, n_ahead))]
+        parts = split_samples(samples, [n * batch_size for n in n_batches])
+        tasks = self.second_thread.in_advance([partial(targets_of, part) for part in parts])
+        return (partial(_batch_of, task, batch_size, i) for task, n in zip(tasks, n_batches, strict=True) for i in range(n))
 
     def _step(
-        self, inputs: Any, actions: th.Tensor, targets: th.Tensor, max_grad_norm: float | None
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """One gradient step on observations, or on features without parameters; gives Q(s, a, θ) and ‖gradient‖²."""
+        self, inputs: Any, selection: th.Tensor, batch_targets: Callable[[], th.Tensor], max_grad_norm: float | None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """One gradient step on observations, or on features without parameters; gives Q(s, ·, θ), targets and ‖gradient‖²."""
         features = inputs
         if self.has_trained_encoder:
             with th.enable_grad():
-                features = self._features(inputs)
+                features = self._features(self.policy.q_net, inputs)
         made = forward_for_backward(self.head, features.detach())
-        q_values = made.q_values.gather(1, actions)
-        errors = (q_values - targets).mul_(2 / len(targets))
-        gradient = th.zeros_like(made.q_values).scatter_(1, actions, errors)
-        features_gradient = backward(self.head, self.head_gradients, made, gradient, self.has_trained_encoder)
+        targets = batch_targets()
+        gradient = (made.q_values - targets).mul_(selection)
+        features_gradient = backward(
+            self.head, self.head_gradients, made, gradient, self.has_trained_encoder, self.second_thread
+        )
         if features_gradient is not None:
             self._encoder_gradients(features, features_gradient)
         squared_norm = th.dot(self.gradient, self.gradient)
@@ -184,10 +248,11 @@ class FastUpdate:
             if scale < 1:
                 self.gradient.mul_(scale)
         self.adam.step()
-        return q_values, squared_norm
+        return made.q_values, targets, squared_norm
 
-    def _features(self, observations: Any) -> th.Tensor:
-        q_net = self.policy.q_net
+    def _features(self, q_net: QNetwork, observations: Any) -> th.Tensor:
+        if self.takes_vectors:  # SB3's preprocessing and its encoder leave them as they are
+            return observations.float()  # type: ignore[no-any-return]
         return q_net.extract_features(observations, q_net.features_extractor)
 
     def _encoder_gradients(self, features: th.Tensor, features_gradient: th.Tensor) -> None:

@@ -1,6 +1,8 @@
 """Adam on one flat tensor, of which the network's parameters are views."""
 
 from collections.abc import Sequence
+from itertools import chain
+from operator import is_
 from typing import Any, TypeGuard
 
 import torch as th
@@ -61,29 +63,32 @@ class FlatAdam:
         self.optimizer = optimizer
         self.theta, self.gradient = theta, gradient
         self.first_moment, self.second_moment = th.zeros_like(theta), th.zeros_like(theta)
-        self.step_count = th.tensor(0.0)
         parameters = optimizer.param_groups[0]["params"]
+        self.step_counts = th.zeros(len(parameters))  # Adam has one for each parameter; they are the same
+        self.step_count = self.step_counts[0]
         moments = zip(views(self.first_moment, parameters), views(self.second_moment, parameters), strict=True)
         self.states: list[dict[str, Any]] = []
-        for parameter, (first_moment, second_moment) in zip(parameters, moments, strict=True):
+        self.parts_of_states: list[th.Tensor] = []
+        for parameter, step_count, (first_moment, second_moment) in zip(parameters, self.step_counts, moments, strict=True):
             state = optimizer.state[parameter]
-            if state:
-                first_moment.copy_(state["exp_avg"])
-                second_moment.copy_(state["exp_avg_sq"])
-                self.step_count = state["step"].clone()
-            state.update(step=self.step_count.clone(), exp_avg=first_moment, exp_avg_sq=second_moment)
+            parts = {"step": step_count, "exp_avg": first_moment, "exp_avg_sq": second_moment}
+            for name, part in parts.items() if state else ():
+                part.copy_(state[name])
+            state.update(parts)
             self.states.append(state)
+            self.parts_of_states.extend(state.values())
 
     def is_current(self) -> bool:
-        """Whether nobody (``set_parameters``, a step of the optimizer itself) has changed the state since."""
-        parameters = self.optimizer.param_groups[0]["params"]
-        is_same = all(self.optimizer.state.get(p) is state for p, state in zip(parameters, self.states, strict=True))
-        return is_same and all(state["step"] == self.step_count for state in self.states[:1])
+        """Whether the optimizer's state is still in the flat tensors, and not another one (``set_parameters``)."""
+        states = map(self.optimizer.state.get, self.optimizer.param_groups[0]["params"])
+        if not all(map(is_, states, self.states)):
+            return False
+        return all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.parts_of_states))
 
     def step(self) -> None:
         """One step of Adam, by PyTorch's own kernel for one tensor."""
         group = self.optimizer.param_groups[0]
-        self.step_count += 1
+        self.step_counts += 1
         th._fused_adam_(
             [self.theta],
             [self.gradient],
@@ -99,8 +104,3 @@ class FlatAdam:
             amsgrad=False,
             maximize=False,
         )
-
-    def write_step_count(self) -> None:
-        """Tell the optimizer's state how many steps were made."""
-        for state in self.states:
-            state["step"].copy_(self.step_count)

@@ -18,6 +18,8 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
 import inspect
 import io
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -444,11 +446,12 @@ class LectureDQN(OffPolicyAlgorithm):
         if fast_update is None or fast_update.needs_training_mode:
             self.policy.set_training_mode(True)
         if fast_update is not None:
-            with threads_for(fast_update.multiply_adds(batch_size)):
-                self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
+            with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
+                self._fast_gradient_steps(fast_update, gradient_steps, batch_size, are_threads_left)
         else:
             for _ in range(gradient_steps):
-                self._count_updates(1, *self._gradient_step(self._sample_batch(batch_size)))
+                metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]
+                self._count_updates(1, partial(tuple, metrics))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
@@ -472,25 +475,31 @@ class LectureDQN(OffPolicyAlgorithm):
         self.policy.optimizer.step()
         return loss, q_values.mean(), targets.mean(), gradient_norm
 
-    def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
+    def _fast_gradient_steps(
+        self, fast_update: FastUpdate, gradient_steps: int, batch_size: int, may_use_second_thread: bool
+    ) -> None:
         """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""
+
+        def targets_of(samples: ReplayBufferSamples) -> th.Tensor:
+            discounts = self.gamma if samples.discounts is None else samples.discounts
+            next_q_values = fast_update.next_q_values(samples.next_observations)
+            return td_target(samples.rewards, samples.dones, next_q_values, discounts)
+
         steps_at_once = max(self.rows_at_once // batch_size, 1)
         while gradient_steps > 0:
             n_steps = min(gradient_steps, steps_at_once)
             gradient_steps -= n_steps
-            # ψ stays as it is while train runs, so the targets of several batches are one forward pass.
-            samples = self._sample_batch(n_steps * batch_size)
-            discounts = self.gamma if samples.discounts is None else samples.discounts
-            next_q_values = fast_update.next_q_values(samples.next_observations)
-            targets = td_target(samples.rewards, samples.dones, next_q_values, discounts)
-            actions = samples.actions.long()
-            metrics = fast_update.steps(samples.observations, actions, targets, batch_size, self.max_grad_norm)
-            self._count_updates(n_steps, *metrics)
+            with fast_update.second_thread.measured(may_use_second_thread, n_steps):
+                # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
+                samples = self._sample_batch(n_steps * batch_size)
+                samples = samples._replace(actions=samples.actions.long())
+                metrics = fast_update.steps(samples, targets_of, batch_size, self.max_grad_norm)
+            self._count_updates(n_steps, metrics)
 
-    def _count_updates(self, n_steps: int, *metrics: th.Tensor) -> None:
+    def _count_updates(self, n_steps: int, metrics: Callable[[], Sequence[th.Tensor]]) -> None:
         intervals_before = self._n_updates // self.metrics_interval
         self._n_updates += n_steps
-        self._training_metrics.add(n_steps, *metrics)
+        self._training_metrics.add(n_steps, metrics)
         if self._n_updates // self.metrics_interval > intervals_before:
             self._record_training_metrics()
 

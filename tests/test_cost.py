@@ -37,12 +37,12 @@ def trained_model(**kwargs: Any) -> LectureDQN:
     return LectureDQN("MlpPolicy", "LunarLander-v3", seed=0, **settings).learn(100)
 
 
-def test_a_gradient_step_is_31_operations_and_those_that_a_training_call_shares_are_35() -> None:
+def test_a_gradient_step_is_28_operations_and_those_that_a_training_call_shares_are_26() -> None:
     model = trained_model()
-    one, five = (operations_of(lambda n=n: model.train(n, 128)).total() for n in (1, 5))
-    each = (five - one) / 4
-    assert each <= 31
-    assert one - each <= 35
+    two, four = (operations_of(lambda n=n: model.train(n, 128)).total() for n in (2, 4))
+    each = (four - two) / 2
+    assert each <= 28
+    assert two - 2 * each <= 26
 
 
 def test_the_plain_path_needs_many_times_more() -> None:
@@ -52,13 +52,14 @@ def test_the_plain_path_needs_many_times_more() -> None:
     assert operations_of(lambda: model.train(4, 128)).total() > 2 * fast
 
 
-def test_the_targets_of_a_training_call_are_one_forward_pass() -> None:
+def test_the_targets_of_a_training_call_are_a_forward_pass_for_the_first_batch_and_one_for_the_next_three() -> None:
     model = trained_model()
-    counts = operations_of(lambda: model.train(8, 128))
-    # three layers, eight times forward for θ and once for ψ
-    assert counts["addmm.default"] == 3 * (8 + 1)
-    # of the middle layer: a gradient of the weights and one of the inputs; of the others one, or two for the final layer
-    assert counts["mm.out"] + counts["mm.default"] == 8 * (3 + 2)
+    for n_steps, n_passes in ((1, 1), (4, 2), (7, 3)):
+        counts = operations_of(lambda n_steps=n_steps: model.train(n_steps, 128))
+        # three layers, forward for θ in each step, and for ψ
+        assert counts["addmm.default"] == 3 * (n_steps + n_passes)
+        # of the middle layer: a gradient of the weights and one of the inputs; of the others one, or two for the final layer
+        assert counts["mm.out"] + counts["mm.default"] == n_steps * (3 + 2)
 
 
 def test_adam_and_the_norm_of_the_gradient_are_one_operation_each() -> None:

@@ -1,6 +1,7 @@
 """What is logged, and that logging does not wait for the device at every gradient step."""
 
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,28 @@ from sb3_lecture_dqn.metrics import RunningMeans
 def test_running_means_are_means_since_the_last_read() -> None:
     means = RunningMeans(("loss", "q_values"))
     assert means.pop() == {}
-    means.add(1, th.tensor(1.0), th.tensor(10.0))
-    means.add(2, th.tensor([3.0, 2.0]), th.tensor([20.0, 0.0]))
+    means.add(1, lambda: (th.tensor(1.0), th.tensor(10.0)))
+    means.add(2, lambda: (th.tensor([3.0, 2.0]), th.tensor([20.0, 0.0])))
     assert means.pop() == {"loss": 2.0, "q_values": 10.0}
-    means.add(1, th.tensor(5.0), th.tensor(0.0))
+    means.add(1, lambda: (th.tensor(5.0), th.tensor(0.0)))
     assert means.pop() == {"loss": 5.0, "q_values": 0.0}
     assert means.pop() == {}
 
 
-def test_a_metric_keeps_no_graph_alive() -> None:
+def test_running_means_go_on_from_a_pickle() -> None:
     means = RunningMeans(("loss",))
-    means.add(1, th.ones(1, requires_grad=True).sum())
-    assert means._sums is not None
-    assert not means._sums.requires_grad
+    for value in (1.0, 2.0):
+        means.add(1, lambda value=value: [th.tensor(value)])  # type: ignore[misc]
+        means = pickle.loads(pickle.dumps(means))
+    means.add(1, lambda: [th.tensor(6.0)])
+    assert means.pop() == {"loss": 3.0}
+
+
+def test_a_metric_keeps_no_graph_alive() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs={"activation_fn": th.nn.Tanh}, seed=0)
+    model.learn(60)
+    assert model._training_metrics._not_summed
+    assert not any(value.requires_grad for _, values in model._training_metrics._not_summed for value in values())
 
 
 def train_with_log(folder: Path, **kwargs: Any) -> tuple[LectureDQN, list[dict[str, str]]]:

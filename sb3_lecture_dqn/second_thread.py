@@ -1,0 +1,147 @@
+"""
+A second thread for what a gradient step need not wait for.
+
+PyTorch would split each of a step's operations among all cores, and for a network of this size the cores then mostly wait for
+each other. Here a second core gets a few long pieces of work instead: the targets of the next batch, a weight's gradient.
+Whatever it has not begun when it is needed, the first thread computes itself, so a core that is busy with something else does
+not hold up the training; and the same pieces are computed in the same way by either, so the result does not depend on it.
+"""
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from queue import SimpleQueue
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch as th
+
+T = TypeVar("T")
+
+
+class Task(Generic[T]):
+    """
+    Something to compute, by whichever thread comes to it first.
+
+    It does what a ``concurrent.futures.Future`` would do that is cancelled when it has not begun, in a tenth of the time.
+
+    :param call: What computes it
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._begun, self._running = threading.Lock(), threading.Lock()
+        self._running.acquire()
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Compute it, unless another thread has begun."""
+        if not self._begun.acquire(blocking=False):
+            return
+        try:
+            self._results.append(self._call())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._running.release()
+
+    def result(self) -> T:
+        """
+        The result, which is computed now if no thread has begun.
+
+        :return: What the call returned
+        :raises BaseException: what the call raised
+        """
+        self.run()
+        with self._running:
+            if self._error is not None:
+                raise self._error
+        return self._results[0]
+
+
+@cache
+def _queue(process_id: int) -> "SimpleQueue[Task[Any]]":
+    """The tasks of the second thread. A process has one; a forked process has its parent's variables, but not its threads."""
+    tasks: SimpleQueue[Task[Any]] = SimpleQueue()
+
+    @th.no_grad()
+    def work() -> None:
+        while True:
+            tasks.get().run()
+
+    threading.Thread(target=work, name="lecture_dqn_second_thread", daemon=True).start()
+    return tasks
+
+
+class SecondThread:
+    """
+    The second thread of one model, and the measurement whether it is worth having.
+
+    Whether a second core is idle is not known and changes, so now and then a few measured pieces of training are done with and
+    without it in turn, and the quicker way is kept until the next time.
+    """
+
+    #: Of so many pieces of training …
+    period: ClassVar[int] = 500
+    #: … these first ones, half of them with the second thread, decide about the others.
+    trial: ClassVar[int] = 20
+
+    def __init__(self) -> None:
+        self._is_used = False
+        self._is_worth_it = False
+        self._position = 0
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def start(self, call: Callable[[], T]) -> Task[T]:
+        """
+        Have something computed.
+
+        :param call: What computes it
+        :return: Where to ask for the result
+        """
+        task = Task(call)
+        if self._is_used:
+            _queue(os.getpid()).put(task)
+        return task
+
+    def in_advance(self, calls: Sequence[Callable[[], T]]) -> Iterator[Task[T]]:
+        """
+        Have a sequence computed, each of it while the one before is used.
+
+        :param calls: What computes them. The first one, which will be needed at once, is left to the first thread.
+        :return: Where to ask for the results, in their order
+        """
+        first_tasks = [*map(Task, calls[:1]), *map(self.start, calls[1:2])]
+
+        def tasks() -> Iterator[Task[T]]:
+            for call in calls[2:]:
+                yield first_tasks.pop(0)
+                first_tasks.append(self.start(call))
+            yield from first_tasks
+
+        return tasks()
+
+    @contextmanager
+    def measured(self, may_be_used: bool, gradient_steps: int) -> Iterator[None]:
+        """
+        A piece of training, inside which the second thread is used or not.
+
+        :param may_be_used: Whether the user lets PyTorch have more than one thread, and the work needs only one
+        :param gradient_steps: How much training it is
+        """
+        is_trial = self._position < self.trial
+        self._is_used = may_be_used and (self._position % 2 == 1 if is_trial else self._is_worth_it)
+        start = time.perf_counter()
+        yield
+        if may_be_used and is_trial:
+            self._seconds[self._is_used].append((time.perf_counter() - start) / gradient_steps)
+        if may_be_used:
+            self._position = (self._position + 1) % self.period
+        if self._position == self.trial and self._seconds[True]:
+            with_it, without_it = (statistics.median(self._seconds.pop(is_used)) for is_used in (True, False))
+            self._is_worth_it = with_it < without_it
+            self._seconds = {True: [], False: []}

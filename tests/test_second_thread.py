@@ -1,0 +1,194 @@
+"""The second thread computes what it comes to first, and the training is the same with and without it."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch as th
+
+from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.second_thread import SecondThread, Task
+
+
+def this_thread() -> str:
+    return threading.current_thread().name
+
+
+@pytest.fixture
+def used() -> SecondThread:
+    """One that has decided for the second thread."""
+    second_thread = SecondThread()
+    second_thread._is_used = True
+    return second_thread
+
+
+@pytest.fixture
+def is_held_up(used: SecondThread) -> Iterator[None]:
+    """The second thread is busy with something else all the time."""
+    has_begun, may_end = threading.Event(), threading.Event()
+    task = used.start(lambda: (has_begun.set(), may_end.wait()))
+    assert has_begun.wait(timeout=60)
+    yield
+    may_end.set()
+    task.result()
+
+
+def test_the_second_thread_computes_a_task_once(used: SecondThread) -> None:
+    calls: list[str] = []
+    is_done = threading.Event()
+    task = used.start(lambda: (calls.append(this_thread()), is_done.set()))
+    assert is_done.wait(timeout=60)
+    assert task.result() == task.result() == (None, None)
+    assert calls == ["lecture_dqn_second_thread"]
+
+
+@pytest.mark.usefixtures("is_held_up")
+def test_a_task_that_it_has_not_begun_is_computed_by_who_asks(used: SecondThread) -> None:
+    calls: list[str] = []
+    task = used.start(lambda: calls.append(this_thread()))
+    task.result()
+    task.result()
+    assert calls == ["MainThread"]
+
+
+def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) -> None:
+    has_begun = threading.Event()
+
+    def fail() -> None:
+        has_begun.set()
+        raise KeyError("of the task")
+
+    with_it = used.start(fail)
+    assert has_begun.wait(timeout=60)
+    for task in (with_it, Task(fail)):
+        for _ in range(2):
+            with pytest.raises(KeyError, match="of the task"):
+                task.result()
+    assert used.start(this_thread).result()  # the thread lives on
+
+
+def test_without_it_everything_is_computed_by_who_asks() -> None:
+    assert SecondThread().start(this_thread).result() == "MainThread"
+
+
+def test_a_sequence_is_begun_one_ahead_and_its_first_is_left_to_who_asks(used: SecondThread) -> None:
+    begun: list[tuple[int, str]] = []
+    events = [threading.Event() for _ in range(4)]
+
+    def call(index: int) -> int:
+        begun.append((index, this_thread()))
+        events[index].set()
+        return index
+
+    tasks = used.in_advance([lambda index=index: call(index) for index in range(4)])
+    assert next(tasks).result() == 0
+    for index in (1, 2, 3):
+        assert events[index].wait(timeout=60)
+        assert [i for i, _ in begun] == list(range(index + 1))
+        assert next(tasks).result() == index
+    assert next(tasks, None) is None
+    assert [name for _, name in begun] == ["MainThread", *3 * ["lecture_dqn_second_thread"]]
+
+
+def test_a_forked_process_has_a_second_thread_of_its_own() -> None:
+    script = """
+import os, threading
+from sb3_lecture_dqn.second_thread import SecondThread
+used = SecondThread()
+used._is_used = True
+def seen_by():
+    is_done, names = threading.Event(), []
+    used.start(lambda: (names.append(threading.current_thread().name), is_done.set()))
+    return names if is_done.wait(timeout=30) else []
+assert seen_by() == ["lecture_dqn_second_thread"]
+child = os.fork()
+if child == 0:
+    os._exit(0 if seen_by() == ["lecture_dqn_second_thread"] else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# Training
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, is_worth_it: bool, threads: int = 2, **kwargs: object) -> LectureDQN:
+    """A model of which each training call of several steps goes one way or the other."""
+    monkeypatch.setattr(SecondThread, "trial", 0)
+    settings = {"learning_starts": 40, "batch_size": 32, "gradient_steps": 30, **kwargs}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings)  # type: ignore[arg-type]
+    th.set_num_threads(threads)
+    fast_update = model._current_fast_update()
+    assert fast_update is not None
+    fast_update.second_thread._is_worth_it = is_worth_it
+    model.learn(100)
+    assert model._fast_update is fast_update
+    assert fast_update.second_thread._is_used == (is_worth_it and threads > 1)
+    return model
+
+
+def assert_equal(first: LectureDQN, second: LectureDQN) -> None:
+    assert first._n_updates == second._n_updates > 400
+    for ours, theirs in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"gradient_steps": 29}, {"max_grad_norm": 0.1}, {"policy_kwargs": {"net_arch": [9]}}])
+def test_the_parameters_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, object]) -> None:
+    with_it = trained(monkeypatch, True, **kwargs)
+    assert_equal(with_it, trained(monkeypatch, False, **kwargs))
+    assert_equal(with_it, trained(monkeypatch, True, threads=1, **kwargs))
+
+
+@pytest.mark.usefixtures("is_held_up")
+def test_a_second_thread_that_never_comes_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equal(trained(monkeypatch, True), trained(monkeypatch, False))
+
+
+def test_the_metrics_are_those_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(monkeypatch, True)
+    plain = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, learning_starts=40, batch_size=32, gradient_steps=30)
+    plain._current_fast_update = lambda: None  # type: ignore[method-assign]
+    plain.learn(100)
+    ours, theirs = (m.logger.name_to_value for m in (model, plain))
+    for name in ("loss", "q_values", "td_target", "gradient_norm"):
+        assert ours[f"train/{name}"] != 0
+        assert ours[f"train/{name}"] == pytest.approx(theirs[f"train/{name}"], rel=0.05)
+
+
+# Whether it is worth having
+
+
+def decision(monkeypatch: pytest.MonkeyPatch, with_it: float, without_it: float, may_be_used: bool = True) -> list[bool]:
+    """Which pieces of training use it, if they take so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    second_thread = SecondThread()
+    uses = []
+    for _ in range(SecondThread.period + SecondThread.trial):
+        with second_thread.measured(may_be_used, gradient_steps=4):
+            uses.append(second_thread._is_used)
+            now[0] += with_it if second_thread._is_used else without_it
+    return uses
+
+
+def test_it_is_used_where_it_was_quicker_and_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, period = SecondThread.trial, SecondThread.period
+    for with_it, without_it in ((0.9, 1.0), (1.1, 1.0)):
+        uses = decision(monkeypatch, with_it, without_it)
+        assert sum(uses[:trial]) == sum(uses[period:]) == trial / 2
+        assert set(uses[trial:period]) == {with_it < without_it}
+
+
+def test_who_allows_one_thread_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(decision(monkeypatch, 0.5, 1.0, may_be_used=False))
+
+
+def test_an_interrupted_piece_of_training_does_not_count() -> None:
+    second_thread = SecondThread()
+    with pytest.raises(KeyboardInterrupt), second_thread.measured(True, gradient_steps=1):
+        raise KeyboardInterrupt
+    assert second_thread._position == 0
+    assert second_thread._seconds == {True: [], False: []}
