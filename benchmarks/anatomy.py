@@ -6,6 +6,7 @@ Where the time of a training step goes, beside SB3's DQN, and how it grows with 
     python benchmarks/anatomy.py parts       # one gradient step, part by part
     python benchmarks/anatomy.py growth      # batch × width × threads
     python benchmarks/anatomy.py threads     # one and two threads, idle and with one core busy
+    python benchmarks/anatomy.py second      # without and with the second thread, idle and with one core busy
     python benchmarks/anatomy.py envs        # number of environments
     python benchmarks/anatomy.py choices     # what was chosen beside what was not
 
@@ -32,6 +33,7 @@ from sb3_lecture_dqn import LectureDQN, threads
 from sb3_lecture_dqn.envs import GymVectorVecEnv
 from sb3_lecture_dqn.fast_acting import FastActing
 from sb3_lecture_dqn.fast_head import backward, forward, forward_for_backward
+from sb3_lecture_dqn.second_thread import SecondThread
 
 SETTINGS = {"learning_starts": 0, "buffer_size": 50_000, "batch_size": 128, "gradient_steps": 4, "train_freq": 4, "seed": 0}
 
@@ -175,6 +177,30 @@ def _cost_on(n_threads: int, model: Any, batch_size: int) -> float:
     return 1e6 * (time.perf_counter() - start) / 200
 
 
+def print_second_thread() -> None:
+    """A gradient step without and with the second thread, training calls in turn."""
+    th.set_num_threads(2)
+    SecondThread.trial = 0  # this decides, not the measurement while training
+    print("| batch | width | one core busy | µs without | µs with it | it takes |\n|---|---|---|---|---|---|")
+    for batch_size, width in ((32, 64), (128, 64), (128, 256), (512, 256)):
+        model = trained(LectureDQN, width)
+        for is_busy in (False, True):
+            with busy_core(is_busy):
+                costs = _costs_in_turn(model, batch_size)
+            ratio = f"{costs[1] / costs[0]:.2f} ×"
+            print(f"| {batch_size} | {width} | {is_busy} | {costs[0]:.0f} | {costs[1]:.0f} | {ratio} |", flush=True)
+
+
+def _costs_in_turn(model: Any, batch_size: int) -> list[float]:
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for is_used in 150 * (False, True):
+        model._current_fast_update().second_thread._is_worth_it = is_used
+        start = time.perf_counter()
+        model.train(4, batch_size)
+        seconds[is_used].append(time.perf_counter() - start)
+    return [1e6 * float(np.median(times)) / 4 for times in seconds.values()]
+
+
 def print_envs() -> None:
     """Environment steps a second by the number of environments: RoboParking, one gradient step for 64 steps."""
     th.set_num_threads(1)
@@ -248,6 +274,7 @@ def main() -> None:
         "parts": print_parts,
         "growth": print_growth,
         "threads": print_threads,
+        "second": print_second_thread,
         "envs": print_envs,
         "choices": print_choices,
     }

@@ -447,7 +447,9 @@ class LectureDQN(OffPolicyAlgorithm):
             self.policy.set_training_mode(True)
         if fast_update is not None:
             with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
-                self._fast_gradient_steps(fast_update, gradient_steps, batch_size, are_threads_left)
+                # an encoder that we do not know may not bear two threads
+                may_use_second_thread = are_threads_left and not fast_update.needs_training_mode
+                self._fast_gradient_steps(fast_update, gradient_steps, batch_size, may_use_second_thread)
         else:
             for _ in range(gradient_steps):
                 metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]

@@ -26,7 +26,7 @@ class Task(Generic[T]):
     """
     Something to compute, by whichever thread comes to it first.
 
-    It does what a ``concurrent.futures.Future`` would do that is cancelled when it has not begun, in a tenth of the time.
+    What a ``concurrent.futures.Future`` is that gets cancelled where it has not begun, in less than half of the time.
 
     :param call: What computes it
     """
@@ -137,11 +137,11 @@ class SecondThread:
         self._is_used = may_be_used and (self._position % 2 == 1 if is_trial else self._is_worth_it)
         start = time.perf_counter()
         yield
-        if may_be_used and is_trial:
+        if not may_be_used:
+            return
+        self._position = (self._position + 1) % self.period
+        if is_trial:
             self._seconds[self._is_used].append((time.perf_counter() - start) / gradient_steps)
-        if may_be_used:
-            self._position = (self._position + 1) % self.period
-        if self._position == self.trial and self._seconds[True]:
-            with_it, without_it = (statistics.median(self._seconds.pop(is_used)) for is_used in (True, False))
-            self._is_worth_it = with_it < without_it
+        if is_trial and self._position == self.trial:
+            self._is_worth_it = statistics.median(self._seconds[True]) < statistics.median(self._seconds[False])
             self._seconds = {True: [], False: []}

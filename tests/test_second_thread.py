@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch as th
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.second_thread import SecondThread, Task
@@ -114,8 +115,12 @@ assert os.waitpid(child, 0)[1] == 0
 # Training
 
 
+class ExtractorOfAUsersOwn(FlattenExtractor):
+    """Who knows what it does."""
+
+
 def trained(monkeypatch: pytest.MonkeyPatch, is_worth_it: bool, threads: int = 2, **kwargs: object) -> LectureDQN:
-    """A model of which each training call of several steps goes one way or the other."""
+    """A model whose training calls go one way or the other."""
     monkeypatch.setattr(SecondThread, "trial", 0)
     settings = {"learning_starts": 40, "batch_size": 32, "gradient_steps": 30, **kwargs}
     model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings)  # type: ignore[arg-type]
@@ -125,7 +130,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, is_worth_it: bool, threads: int = 2
     fast_update.second_thread._is_worth_it = is_worth_it
     model.learn(100)
     assert model._fast_update is fast_update
-    assert fast_update.second_thread._is_used == (is_worth_it and threads > 1)
+    assert fast_update.second_thread._is_used == (is_worth_it and threads > 1 and not fast_update.needs_training_mode)
     return model
 
 
@@ -135,7 +140,16 @@ def assert_equal(first: LectureDQN, second: LectureDQN) -> None:
         assert th.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"gradient_steps": 29}, {"max_grad_norm": 0.1}, {"policy_kwargs": {"net_arch": [9]}}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"gradient_steps": 29},
+        {"max_grad_norm": 0.1},
+        {"policy_kwargs": {"net_arch": [9]}},
+        {"policy_kwargs": {"features_extractor_class": ExtractorOfAUsersOwn}},
+    ],
+)
 def test_the_parameters_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, object]) -> None:
     with_it = trained(monkeypatch, True, **kwargs)
     assert_equal(with_it, trained(monkeypatch, False, **kwargs))
