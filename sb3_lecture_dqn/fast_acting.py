@@ -13,7 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_lecture_dqn.fast_head import Head, HiddenLayer, forward, has_hooks, read_head
+from sb3_lecture_dqn.fast_head import Head, HiddenLayer, forward, hooks_of, read_head
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 from sb3_lecture_dqn.threads import threads_for
 
@@ -43,6 +43,7 @@ class FastActing:
         self.parameters = list(policy.q_net.q_net.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.hooks = hooks_of(policy.q_net)
         self.hidden_layers = [_numpy_layer(layer) for layer in head.hidden_layers]
         self.final_weight, self.final_bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
 
@@ -72,7 +73,7 @@ class FastActing:
         :param policy: The policy that acts now
         :return: Whether its parameters are where they were, and nobody wants to see its passes
         """
-        is_same = policy is self.policy and not has_hooks(policy.q_net)
+        is_same = policy is self.policy and not any(self.hooks)
         return is_same and all(p.data_ptr() == a for p, a in zip(self.parameters, self.addresses, strict=True))
 
     def accepts(self, observations: np.ndarray) -> bool:

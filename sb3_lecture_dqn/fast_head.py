@@ -12,7 +12,7 @@ import torch as th
 from torch import nn
 
 from sb3_lecture_dqn.policies import QNetwork
-from sb3_lecture_dqn.second_thread import SecondThread
+from sb3_lecture_dqn.second_thread import SecondThread, Task
 
 # Without the overload's name PyTorch would look for it at each call.
 _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
@@ -72,7 +72,8 @@ def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.
     :param tensor_of: What to take of a parameter, by default the memory of its values; or :func:`gradient_of`
     :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass of a user's own
     """
-    if type(q_net).forward is not QNetwork.forward or has_hooks(q_net):
+    is_own = any(getattr(type(q_net), name) is not getattr(QNetwork, name) for name in ("forward", "extract_features"))
+    if is_own or any(hooks_of(q_net)):
         return None
     *layers, final_layer = q_net.q_net
     hidden_layers: list[HiddenLayer] = []
@@ -108,25 +109,14 @@ def _layer_norm_tensors(layer: nn.LayerNorm, tensor_of: Callable[[th.Tensor], th
     return LayerNormTensors(tensor_of(layer.weight), tensor_of(layer.bias), list(layer.normalized_shape), layer.eps)
 
 
-def has_hooks(q_net: QNetwork) -> bool:
-    """
-    Whether something wants to see the passes through a Q network.
-
-    :param q_net: The network
-    :return: Whether a hook is registered on it, its encoder or one of its layers
-    """
-    return any(hooks_of(q_net))
-
-
 def hooks_of(q_net: QNetwork) -> list[dict[int, Any]]:
     """
-    What holds the hooks of a Q network, its encoder and its layers.
+    What holds the hooks of a Q network, its encoder and all of their layers.
 
     :param q_net: The network
     :return: Dictionaries that are empty as long as no hook is registered
     """
-    modules = (q_net, q_net.features_extractor, *q_net.q_net)
-    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+    return [hooks for m in q_net.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
 
 
 class HeadPass(NamedTuple):
@@ -194,32 +184,43 @@ def backward(
     """
     _linear_gradients(gradients.final_layer, made.inputs[-1], gradient)
     gradient = gradient @ head.final_layer.weight
-    tasks = []
-    for index in reversed(range(len(head.hidden_layers))):
-        linear, layer_norm, negative_slope = head.hidden_layers[index]
-        linear_gradients, layer_norm_gradients, _ = gradients.hidden_layers[index]
-        # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
-        _leaky_relu_backward(gradient, made.inputs[index + 1], negative_slope, True, grad_input=gradient)
-        if layer_norm is not None and layer_norm_gradients is not None:
-            gradient, weight_gradient, bias_gradient = _layer_norm_backward(
-                gradient,
-                made.linear_outputs[index],
-                layer_norm.shape,
-                *made.means_and_rstds[index],
-                layer_norm.weight,
-                layer_norm.bias,
-                [True, True, True],
-            )
-            layer_norm_gradients.weight.copy_(weight_gradient)
-            layer_norm_gradients.bias.copy_(bias_gradient)
-        if index > 0 or needs_features:
-            tasks.append(second_thread.start(partial(_linear_gradients, linear_gradients, made.inputs[index], gradient)))
-            gradient = gradient @ linear.weight
-        else:
-            _linear_gradients(linear_gradients, made.inputs[index], gradient)
-    for task in tasks:
-        task.result()
+    tasks: list[Task[None]] = []
+    try:
+        for index in reversed(range(len(head.hidden_layers))):
+            layer, layer_gradients = head.hidden_layers[index], gradients.hidden_layers[index]
+            gradient = _backward_to_linear(layer, layer_gradients, made, index, gradient)
+            linear_gradients = partial(_linear_gradients, layer_gradients.linear, made.inputs[index], gradient)
+            if index > 0 or needs_features:
+                tasks.append(second_thread.start(linear_gradients))
+                gradient = gradient @ layer.linear.weight
+            else:
+                linear_gradients()
+    finally:  # so that nobody writes into the gradients later, even if this was interrupted
+        for task in tasks:
+            task.result()
     return gradient if needs_features else None
+
+
+def _backward_to_linear(
+    layer: HiddenLayer, gradients: HiddenLayer, made: HeadPass, index: int, gradient: th.Tensor
+) -> th.Tensor:
+    """From the gradient of a layer's output, which is overwritten, to that of its Linear's output."""
+    # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
+    _leaky_relu_backward(gradient, made.inputs[index + 1], layer.negative_slope, True, grad_input=gradient)
+    if layer.layer_norm is None or gradients.layer_norm is None:
+        return gradient
+    gradient, weight_gradient, bias_gradient = _layer_norm_backward(
+        gradient,
+        made.linear_outputs[index],
+        layer.layer_norm.shape,
+        *made.means_and_rstds[index],
+        layer.layer_norm.weight,
+        layer.layer_norm.bias,
+        [True, True, True],
+    )
+    gradients.layer_norm.weight.copy_(weight_gradient)
+    gradients.layer_norm.bias.copy_(bias_gradient)
+    return gradient
 
 
 def _normalise(inputs: th.Tensor, layer_norm: LayerNormTensors) -> tuple[th.Tensor, th.Tensor, th.Tensor]:

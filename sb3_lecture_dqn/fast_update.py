@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, hooks_of, read_head
@@ -39,32 +38,31 @@ MODELESS_MODULES = (
 )
 
 
-def split(values: Any, sizes: int | list[int]) -> list[Any]:
+def split_observations(observations: Any, batch_size: int) -> list[Any]:
     """
-    Cut rows into parts.
+    Cut observations into batches.
 
-    :param values: A tensor, or a dictionary of tensors, of the same number of rows
-    :param sizes: Number of rows of each part
-    :return: The parts
+    :param observations: A tensor, or a dictionary of tensors, of any number of batches
+    :param batch_size: Number of observations in a batch
+    :return: The batches
     """
-    if not isinstance(values, dict):
-        return list(th.split(values, sizes))
-    parts = {key: th.split(value, sizes) for key, value in values.items()}
-    return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+    if not isinstance(observations, dict):
+        return list(th.split(observations, batch_size))
+    parts = {key: th.split(value, batch_size) for key, value in observations.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def split_samples(samples: ReplayBufferSamples, sizes: list[int]) -> list[ReplayBufferSamples]:
+def rows_of(observations: Any, rows: slice) -> Any:
     """
-    Cut samples into parts.
+    Some of the observations.
 
-    :param samples: What the replay buffer drew
-    :param sizes: Number of transitions of each part
-    :return: The parts
+    :param observations: A tensor, or a dictionary of tensors
+    :param rows: Which ones
+    :return: These
     """
-    if len(sizes) == 1:
-        return [samples]
-    fields = [[None] * len(sizes) if field is None else split(field, sizes) for field in samples]
-    return [ReplayBufferSamples(*part) for part in zip(*fields, strict=True)]
+    if isinstance(observations, dict):
+        return {key: value[rows] for key, value in observations.items()}
+    return observations[rows]
 
 
 def _batch_of(task: Task[th.Tensor], batch_size: int, index: int) -> th.Tensor:
@@ -73,12 +71,14 @@ def _batch_of(task: Task[th.Tensor], batch_size: int, index: int) -> th.Tensor:
 
 def has_vector_observations(policy: LectureDQNPolicy) -> bool:
     """
-    Whether an observation is a vector of numbers.
+    Whether neither SB3's preprocessing nor the encoder does anything to an observation.
 
     :param policy: The policy
-    :return: Whether its observation space is a ``Box`` of one dimension
+    :return: Whether its observations are vectors of numbers, and the encoder is SB3's that only flattens
     """
-    return type(policy.observation_space) is spaces.Box and len(policy.observation_space.shape) == 1
+    is_vector = type(policy.observation_space) is spaces.Box and len(policy.observation_space.shape) == 1
+    encoders = (policy.q_net.features_extractor, policy.q_net_target.features_extractor)
+    return is_vector and all(type(encoder) is FlattenExtractor for encoder in encoders)
 
 
 def _head_of(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.Tensor.detach) -> Head:
@@ -126,7 +126,7 @@ class FastUpdate:
         self.second_thread = SecondThread()
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
-        self.takes_vectors = type(encoder) is FlattenExtractor and has_vector_observations(policy)
+        self.takes_vectors = has_vector_observations(policy)
         #: Whether the encoder may compute something else in training mode than in evaluation mode.
         self.needs_training_mode = any(type(module) not in MODELESS_MODULES for module in encoder.modules())
 
@@ -185,31 +185,30 @@ class FastUpdate:
     @th.no_grad()
     def steps(
         self,
-        samples: ReplayBufferSamples,
-        targets_of: Callable[[ReplayBufferSamples], th.Tensor],
+        observations: Any,
+        actions: th.Tensor,
+        targets_of: Callable[[slice], th.Tensor],
         batch_size: int,
         max_grad_norm: float | None,
     ) -> Callable[[], tuple[th.Tensor, ...]]:
         """
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
-        :param samples: All batches, one after the other; the actions of type int64
-        :param targets_of: Gives the targets of a part of them, shape (n, 1)
+        :param observations: s of all batches, one after the other
+        :param actions: a, shape (n_steps · B, 1)
+        :param targets_of: Gives the targets of some of the rows, shape (n, 1)
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What gives the losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping,
             each of shape (n_steps,)
         """
-        targets_of_batches = self._targets(samples, targets_of, batch_size)
-        inputs = samples.observations if self.has_trained_encoder else self._features(self.policy.q_net, samples.observations)
-        batches = zip(
-            split(inputs, batch_size),
-            split(self._selections(samples.actions, batch_size), batch_size),
-            targets_of_batches,
-            strict=True,
-        )
+        targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
+        actions = actions.to(th.int64, copy=True)  # the metrics keep them, and should not keep all that was drawn with them
+        inputs = observations if self.has_trained_encoder else self._features(self.policy.q_net, observations)
+        selections = th.split(self._selections(actions, batch_size), batch_size)
+        batches = zip(split_observations(inputs, batch_size), selections, targets, strict=True)
         results = [self._step(*batch, max_grad_norm) for batch in batches]
-        return partial(_metrics, samples.actions, *zip(*results, strict=True))
+        return partial(_metrics, actions, *zip(*results, strict=True))
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
@@ -217,14 +216,14 @@ class FastUpdate:
         return th.zeros(len(actions), n_actions, dtype=self.theta.dtype).scatter_(1, actions, 2 / batch_size)
 
     def _targets(
-        self, samples: ReplayBufferSamples, targets_of: Callable[[ReplayBufferSamples], th.Tensor], batch_size: int
+        self, targets_of: Callable[[slice], th.Tensor], n_steps: int, batch_size: int
     ) -> Iterator[Callable[[], th.Tensor]]:
         """The targets of each batch: of the first one, which the steps wait for, and of the others ahead."""
-        n_steps, n_ahead = len(samples.actions) // batch_size, max(self.rows_ahead // batch_size, 1)
-        n_batches = [1, *(min(n_ahead, n_steps - done) for done in range(1, n_steps, n_ahead))]
-        parts = split_samples(samples, [n * batch_size for n in n_batches])
-        tasks = self.second_thread.in_advance([partial(targets_of, part) for part in parts])
-        return (partial(_batch_of, task, batch_size, i) for task, n in zip(tasks, n_batches, strict=True) for i in range(n))
+        starts = [0, *range(1, n_steps, max(self.rows_ahead // batch_size, 1))]
+        ends = [*starts[1:], n_steps]
+        parts = [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
+        tasks = zip(self.second_thread.in_advance([partial(targets_of, part) for part in parts]), starts, ends, strict=True)
+        return (partial(_batch_of, task, batch_size, i) for task, start, end in tasks for i in range(end - start))
 
     def _step(
         self, inputs: Any, selection: th.Tensor, batch_targets: Callable[[], th.Tensor], max_grad_norm: float | None

@@ -77,13 +77,17 @@ class FlatAdam:
             state.update(parts)
             self.states.append(state)
             self.parts_of_states.extend(state.values())
+        self.step_counts.fill_(self.step_counts.max())  # a parameter that never had a gradient has no state
 
     def is_current(self) -> bool:
         """Whether the optimizer's state is still in the flat tensors, and not another one (``set_parameters``)."""
         states = map(self.optimizer.state.get, self.optimizer.param_groups[0]["params"])
-        if not all(map(is_, states, self.states)):
-            return False
-        return all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.parts_of_states))
+        parts = list(chain.from_iterable(map(dict.values, self.states)))
+        return (
+            all(map(is_, states, self.states))
+            and len(parts) == len(self.parts_of_states)
+            and all(map(is_, parts, self.parts_of_states))
+        )
 
     def step(self) -> None:
         """One step of Adam, by PyTorch's own kernel for one tensor."""

@@ -28,7 +28,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -47,7 +47,7 @@ from sb3_lecture_dqn.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast_acting import FastActing
-from sb3_lecture_dqn.fast_update import FastUpdate
+from sb3_lecture_dqn.fast_update import FastUpdate, rows_of
 from sb3_lecture_dqn.files import add_checksums, check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
@@ -68,6 +68,8 @@ SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
 
 #: Falls to 0 over the training, so that the final policy is not the last one of many that come and go.
 DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 0.0, end_fraction=1.0)
+#: Replay buffers whose draws are alike, so that several batches may be one draw.
+UNIFORM_BUFFERS = (ContiguousReplayBuffer, ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
 # --- The mathematics ------------------------------------------------------------------------------------------------------
 
@@ -448,8 +450,9 @@ class LectureDQN(OffPolicyAlgorithm):
         if fast_update is not None:
             with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
                 # an encoder that we do not know may not bear two threads
-                may_use_second_thread = are_threads_left and not fast_update.needs_training_mode
-                self._fast_gradient_steps(fast_update, gradient_steps, batch_size, may_use_second_thread)
+                may_be_used = are_threads_left and not fast_update.needs_training_mode
+                with fast_update.second_thread.measured(may_be_used, gradient_steps):
+                    self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
         else:
             for _ in range(gradient_steps):
                 metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]
@@ -477,26 +480,24 @@ class LectureDQN(OffPolicyAlgorithm):
         self.policy.optimizer.step()
         return loss, q_values.mean(), targets.mean(), gradient_norm
 
-    def _fast_gradient_steps(
-        self, fast_update: FastUpdate, gradient_steps: int, batch_size: int, may_use_second_thread: bool
-    ) -> None:
+    def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""
-
-        def targets_of(samples: ReplayBufferSamples) -> th.Tensor:
-            discounts = self.gamma if samples.discounts is None else samples.discounts
-            next_q_values = fast_update.next_q_values(samples.next_observations)
-            return td_target(samples.rewards, samples.dones, next_q_values, discounts)
-
-        steps_at_once = max(self.rows_at_once // batch_size, 1)
+        # Another buffer may mean something by a batch, as HER does, whose batches begin with the goals that are not changed.
+        is_uniform = type(self.replay_buffer) in UNIFORM_BUFFERS
+        steps_at_once = max(self.rows_at_once // batch_size, 1) if is_uniform else 1
         while gradient_steps > 0:
             n_steps = min(gradient_steps, steps_at_once)
             gradient_steps -= n_steps
-            with fast_update.second_thread.measured(may_use_second_thread, n_steps):
-                # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-                samples = self._sample_batch(n_steps * batch_size)
-                samples = samples._replace(actions=samples.actions.long())
-                metrics = fast_update.steps(samples, targets_of, batch_size, self.max_grad_norm)
+            # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
+            samples = self._sample_batch(n_steps * batch_size)
+            targets_of = partial(self._fast_targets, fast_update, samples)
+            metrics = fast_update.steps(samples.observations, samples.actions, targets_of, batch_size, self.max_grad_norm)
             self._count_updates(n_steps, metrics)
+
+    def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
+        discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
+        next_q_values = fast_update.next_q_values(rows_of(samples.next_observations, rows))
+        return td_target(samples.rewards[rows], samples.dones[rows], next_q_values, discounts)
 
     def _count_updates(self, n_steps: int, metrics: Callable[[], Sequence[th.Tensor]]) -> None:
         intervals_before = self._n_updates // self.metrics_interval

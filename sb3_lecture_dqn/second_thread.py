@@ -67,13 +67,17 @@ class Task(Generic[T]):
 def _queue(process_id: int) -> "SimpleQueue[Task[Any]]":
     """The tasks of the second thread. A process has one; a forked process has its parent's variables, but not its threads."""
     tasks: SimpleQueue[Task[Any]] = SimpleQueue()
+    has_begun = threading.Event()
 
     @th.no_grad()
     def work() -> None:
+        th.get_num_threads()  # PyTorch gives this thread the number of threads that is set now, which is one
+        has_begun.set()
         while True:
             tasks.get().run()
 
     threading.Thread(target=work, name="lecture_dqn_second_thread", daemon=True).start()
+    has_begun.wait()
     return tasks
 
 
@@ -81,11 +85,11 @@ class SecondThread:
     """
     The second thread of one model, and the measurement whether it is worth having.
 
-    Whether a second core is idle is not known and changes, so now and then a few measured pieces of training are done with and
-    without it in turn, and the quicker way is kept until the next time.
+    Whether a second core is idle is not known and changes, so now and then a few training calls are made with and without it
+    in turn, and the quicker way is kept until the next time.
     """
 
-    #: Of so many pieces of training …
+    #: Of so many training calls …
     period: ClassVar[int] = 500
     #: … these first ones, half of them with the second thread, decide about the others.
     trial: ClassVar[int] = 20
@@ -115,23 +119,23 @@ class SecondThread:
         :param calls: What computes them. The first one, which will be needed at once, is left to the first thread.
         :return: Where to ask for the results, in their order
         """
-        first_tasks = [*map(Task, calls[:1]), *map(self.start, calls[1:2])]
+        pending = [*map(Task, calls[:1]), *map(self.start, calls[1:2])]
 
         def tasks() -> Iterator[Task[T]]:
             for call in calls[2:]:
-                yield first_tasks.pop(0)
-                first_tasks.append(self.start(call))
-            yield from first_tasks
+                yield pending.pop(0)
+                pending.append(self.start(call))
+            yield from pending
 
         return tasks()
 
     @contextmanager
     def measured(self, may_be_used: bool, gradient_steps: int) -> Iterator[None]:
         """
-        A piece of training, inside which the second thread is used or not.
+        A training call, inside which the second thread is used or not.
 
         :param may_be_used: Whether the user lets PyTorch have more than one thread, and the work needs only one
-        :param gradient_steps: How much training it is
+        :param gradient_steps: Number of its gradient steps
         """
         is_trial = self._position < self.trial
         self._is_used = may_be_used and (self._position % 2 == 1 if is_trial else self._is_worth_it)
@@ -141,7 +145,7 @@ class SecondThread:
             return
         self._position = (self._position + 1) % self.period
         if is_trial:
-            self._seconds[self._is_used].append((time.perf_counter() - start) / gradient_steps)
+            self._seconds[self._is_used].append((time.perf_counter() - start) / max(gradient_steps, 1))
         if is_trial and self._position == self.trial:
             self._is_worth_it = statistics.median(self._seconds[True]) < statistics.median(self._seconds[False])
             self._seconds = {True: [], False: []}

@@ -1,12 +1,13 @@
 """The fast update is the plain update: the same function, and silently absent where it would not be."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -14,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 
 VECTOR = spaces.Box(-3, 3, (5,), np.float32)
 IMAGE = spaces.Box(0, 255, (1, 12, 12), np.uint8)
@@ -268,6 +270,81 @@ def test_a_subclass_with_an_update_of_its_own_is_asked(method: str) -> None:
     model = subclass("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, learning_starts=16, batch_size=4, seed=0)
     model.learn(40)
     assert len(calls) == model._n_updates > 0
+
+
+class QNetworkOfAUsersOwn(QNetwork):
+    """Reads the observations in its own way."""
+
+    def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        return 2 * super().extract_features(obs, features_extractor)
+
+
+class PolicyOfAUsersOwn(LectureDQNPolicy):
+    """Makes such a network."""
+
+    def make_q_net(self) -> QNetwork:
+        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        return QNetworkOfAUsersOwn(**net_args).to(self.device)
+
+
+def test_features_of_a_users_own_are_used_for_training_and_acting() -> None:
+    model = LectureDQN(PolicyOfAUsersOwn, "CartPole-v1", learning_starts=20, seed=0).learn(60)
+    assert model._n_updates == 40
+    assert model._fast_update is None
+    assert model._fast_acting is None
+
+
+class BufferWithAField(ReplayBuffer):
+    """Tells which transitions it drew, as a prioritized buffer does."""
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        samples = super()._get_samples(batch_inds, env)
+        return SamplesWithIndices(*samples[:5], None, batch_inds)
+
+
+class SamplesWithIndices(NamedTuple):
+    """SB3's fields and one more."""
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    indices: np.ndarray
+
+
+@pytest.mark.parametrize(("buffer_class", "draws"), [(None, [64]), (BufferWithAField, [16, 16, 16, 16])])
+def test_a_buffer_that_we_do_not_know_is_asked_for_each_batch(buffer_class: Any, draws: list[int]) -> None:
+    settings = {"learning_starts": 20, "batch_size": 16, "gradient_steps": 4, "replay_buffer_class": buffer_class}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings).learn(40)  # type: ignore[arg-type]
+    asked: list[int] = []
+    sample = model._sample_batch
+    model._sample_batch = lambda size: (asked.append(size), sample(size))[1]  # type: ignore[method-assign]
+    model.train(4, 16)
+    assert asked == draws
+    assert model._fast_update is not None
+
+
+@pytest.mark.parametrize("place", ["q_net", "features_extractor.flatten"])
+def test_a_hook_anywhere_is_called(place: str) -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, gradient_steps=2, seed=0).learn(40)
+    assert model._fast_update is not None
+    calls = []
+    model.q_net.get_submodule(place).register_forward_hook(lambda *_: calls.append(1))
+    model.train(2, 16)
+    assert len(calls) == 2
+
+
+def test_a_parameter_without_a_state_does_not_reset_adams_step_count() -> None:
+    model = make_model("vector", fast=True)
+    optimizer = model.policy.optimizer
+    batch = random_batch("vector", np.random.default_rng(0))
+    train_on(model, batch)
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first].clear()
+    train_on(model, batch)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
 def test_a_hook_that_appears_in_the_middle_of_a_run_is_called() -> None:
