@@ -116,10 +116,10 @@ class SecondThread:
         """
         Have a sequence computed, each of it while the one before is used.
 
-        :param calls: What computes them. The first one, which will be needed at once, is left to the first thread.
+        :param calls: What computes them; the first two are begun now
         :return: Where to ask for the results, in their order
         """
-        pending = [*map(Task, calls[:1]), *map(self.start, calls[1:2])]
+        pending = [*map(self.start, calls[:2])]
 
         def tasks() -> Iterator[Task[T]]:
             for call in calls[2:]:
