@@ -70,10 +70,11 @@ def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.
 
     :param q_net: The network
     :param tensor_of: What to take of a parameter, by default the memory of its values; or :func:`gradient_of`
-    :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass of a user's own
+    :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass or features of a user's own
     """
-    is_own = any(getattr(type(q_net), name) is not getattr(QNetwork, name) for name in ("forward", "extract_features"))
-    if is_own or any(hooks_of(q_net)):
+    methods = ("forward", "extract_features")
+    is_a_users_own = any(getattr(type(q_net), name) is not getattr(QNetwork, name) for name in methods)
+    if is_a_users_own or any(hooks_of(q_net)):
         return None
     *layers, final_layer = q_net.q_net
     hidden_layers: list[HiddenLayer] = []

@@ -38,20 +38,6 @@ MODELESS_MODULES = (
 )
 
 
-def split_observations(observations: Any, batch_size: int) -> list[Any]:
-    """
-    Cut observations into batches.
-
-    :param observations: A tensor, or a dictionary of tensors, of any number of batches
-    :param batch_size: Number of observations in a batch
-    :return: The batches
-    """
-    if not isinstance(observations, dict):
-        return list(th.split(observations, batch_size))
-    parts = {key: th.split(value, batch_size) for key, value in observations.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-
-
 def rows_of(observations: Any, rows: slice) -> Any:
     """
     Some of the observations.
@@ -205,8 +191,9 @@ class FastUpdate:
         targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
         actions = actions.to(th.int64, copy=True)  # the metrics keep them, and should not keep all that was drawn with them
         inputs = observations if self.has_trained_encoder else self._features(self.policy.q_net, observations)
+        inputs_of_batches = [rows_of(inputs, slice(start, start + batch_size)) for start in range(0, len(actions), batch_size)]
         selections = th.split(self._selections(actions, batch_size), batch_size)
-        batches = zip(split_observations(inputs, batch_size), selections, targets, strict=True)
+        batches = zip(inputs_of_batches, selections, targets, strict=True)
         results = [self._step(*batch, max_grad_norm) for batch in batches]
         return partial(_metrics, actions, *zip(*results, strict=True))
 
