@@ -27,6 +27,7 @@ import numpy as np
 import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN, threads
@@ -236,6 +237,16 @@ def step_of_cart_pole(algorithm: type[Any]) -> float:
     return microseconds(lambda: env.step(actions))
 
 
+def acting_on_a_dictionary(algorithm: type[Any]) -> float:
+    """A greedy action from an image and a vector."""
+    model = algorithm("MultiInputPolicy", SimpleMultiObsEnv(), buffer_size=100)
+    observations = model.env.reset()
+    if algorithm is LectureDQN:
+        acting = FastActing.for_policy(model.policy)
+        return microseconds(lambda: acting.greedy_actions(observations))
+    return microseconds(lambda: model.policy.predict(observations, deterministic=True))
+
+
 def print_choices() -> None:
     """What was chosen beside what was not, on one thread."""
     th.set_num_threads(1)
@@ -255,6 +266,8 @@ def print_choices() -> None:
             "acting: numpy on the parameters": microseconds(lambda: acting.greedy_actions(observation)),
             "acting: the same in PyTorch's operations": microseconds(by_pytorch),
             "acting: SB3's predict": microseconds(lambda: sb3.policy.predict(observation, deterministic=True)),
+            "acting on an image and a vector: its encoder, then numpy": acting_on_a_dictionary(LectureDQN),
+            "acting on an image and a vector: SB3's predict": acting_on_a_dictionary(DQN),
             "Adam: the fused kernel": microseconds(update.adam.step),
             "Adam: torch.optim.Adam(fused=True), one tensor": microseconds(adams[0].step),
             "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),

@@ -1,8 +1,8 @@
 """
-π(s) for the steps of a training run, faster: one vector observation through a small network is too little work for PyTorch.
+π(s) for the steps of a training run, faster: one observation through a small network is too little work for PyTorch.
 
 For one environment the head is computed by numpy on the memory of the parameters themselves, so that it always acts by the
-current θ; for several, by PyTorch without modules.
+current θ; for several, by PyTorch without modules. An encoder in front of it is the policy's own.
 """
 
 import math
@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_lecture_dqn.fast_head import Head, HiddenLayer, forward, hooks_of, read_head
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
@@ -31,7 +32,7 @@ class NumpyLayer(NamedTuple):
 
 class FastActing:
     """
-    The greedy policy of a Q network without an encoder.
+    The greedy policy of a Q network.
 
     :param policy: The policy
     :param head: The layers of its Q network
@@ -39,7 +40,7 @@ class FastActing:
 
     def __init__(self, policy: LectureDQNPolicy, head: Head) -> None:
         self.policy, self.head = policy, head
-        self.observation_shape = policy.observation_space.shape
+        self.takes_vectors = _takes_vectors(policy.q_net)
         self.parameters = list(policy.q_net.q_net.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
@@ -53,18 +54,15 @@ class FastActing:
         Fast acting for a policy.
 
         :param policy: The policy
-        :return: Its fast acting; ``None`` for other layers, an encoder, a forward pass of a user's own, other than float32, or
+        :return: Its fast acting; ``None`` for other layers, a forward pass of a user's own, other parameters than float32, or
             a GPU
         """
-        q_net = policy.q_net
-        head = read_head(q_net)
-        if head is None or not _acts_as_the_lecture_does(policy) or not _is_float32_vector(q_net.observation_space):
+        head = read_head(policy.q_net)
+        if head is None or not _acts_as_the_lecture_does(policy):
             return None
-        is_on_cpu = all(p.dtype == th.float32 and p.device.type == "cpu" for p in q_net.parameters())
+        is_on_cpu = all(p.dtype == th.float32 and p.device.type == "cpu" for p in policy.q_net.parameters())
         is_increasing = all(0 <= layer.negative_slope <= 1 for layer in head.hidden_layers)
-        if not is_on_cpu or not is_increasing or type(q_net.features_extractor) is not FlattenExtractor:
-            return None
-        return cls(policy, head)
+        return cls(policy, head) if is_on_cpu and is_increasing else None
 
     def is_current(self, policy: LectureDQNPolicy) -> bool:
         """
@@ -76,26 +74,41 @@ class FastActing:
         is_same = policy is self.policy and not any(self.hooks)
         return is_same and all(p.data_ptr() == a for p, a in zip(self.parameters, self.addresses, strict=True))
 
-    def accepts(self, observations: np.ndarray) -> bool:
+    def accepts(self, observations: np.ndarray | dict[str, np.ndarray]) -> bool:
         """
         Whether these observations are as the environment's space says.
 
         :param observations: What the policy is asked to act on
-        :return: Whether they are float32, with one dimension for the environments before those of an observation
+        :return: Whether they have the space's types, with one dimension for the environments before those of an observation
         """
-        return observations.dtype == np.float32 and observations.shape[1:] == self.observation_shape
+        space = self.policy.observation_space
+        if not isinstance(space, spaces.Dict):
+            return _are_of(space, observations)
+        is_same = isinstance(observations, dict) and observations.keys() == space.spaces.keys()
+        return is_same and all(_are_of(space[key], observations[key]) for key in space.spaces)
 
-    def greedy_actions(self, observations: np.ndarray) -> np.ndarray:
+    def greedy_actions(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """
         π(s) = argmax_a Q(s, a, θ) (L9).
 
-        :param observations: s, shape (n_envs, ...)
+        :param observations: s, shape (n_envs, ...), or such arrays by their names
         :return: Actions, shape (n_envs,)
         """
+        if isinstance(observations, dict) or not self.takes_vectors:
+            return self._encoded_greedy_actions(observations)
         if len(observations) == 1:
             return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
         with th.no_grad(), threads_for(len(observations) * self.n_parameters):
             actions: np.ndarray = forward(self.head, th.from_numpy(observations).flatten(1)).argmax(dim=1).numpy()
+        return actions
+
+    @th.no_grad()
+    def _encoded_greedy_actions(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        self.policy.set_training_mode(False)
+        features = self.policy.q_net.extract_features(_to_tensors(observations), self.policy.q_net.features_extractor)
+        if len(features) == 1:
+            return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
+        actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
         return actions
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
@@ -113,13 +126,28 @@ class FastActing:
 
 
 def _acts_as_the_lecture_does(policy: LectureDQNPolicy) -> bool:
-    policy_class = type(policy)
-    is_policys = policy_class._predict is LectureDQNPolicy._predict and policy_class.predict is LectureDQNPolicy.predict
+    names = ("_predict", "predict", "obs_to_tensor")
+    is_policys = all(getattr(type(policy), name) is getattr(LectureDQNPolicy, name) for name in names)
     return is_policys and type(policy.q_net)._predict is QNetwork._predict
 
 
-def _is_float32_vector(space: spaces.Space[Any]) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype == np.float32
+def _takes_vectors(q_net: QNetwork) -> bool:
+    """Whether neither SB3's preprocessing nor the encoder does more to an observation than to flatten it."""
+    space = q_net.observation_space
+    is_float32 = isinstance(space, spaces.Box) and space.dtype == np.float32
+    return is_float32 and type(q_net.features_extractor) is FlattenExtractor
+
+
+def _are_of(space: spaces.Space[Any], observations: Any) -> bool:
+    is_array = isinstance(observations, np.ndarray)
+    return is_array and observations.dtype == space.dtype and observations.shape[1:] == space.shape
+
+
+def _to_tensors(observations: np.ndarray | dict[str, np.ndarray]) -> PyTorchObs:
+    """Copies, because these observations are still to be stored in D, and an encoder may overwrite what it gets."""
+    if isinstance(observations, dict):
+        return {key: th.tensor(values) for key, values in observations.items()}
+    return th.tensor(observations)
 
 
 def _numpy_layer(layer: HiddenLayer) -> NumpyLayer:

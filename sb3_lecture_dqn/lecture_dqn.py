@@ -405,7 +405,7 @@ class LectureDQN(OffPolicyAlgorithm):
     def _greedy_actions(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """π(s), without SB3's checks and conversions for the observations that the collection acts on."""
         fast_acting = self._fast_acting if observation is self._last_obs else None
-        if fast_acting is not None and isinstance(observation, np.ndarray) and fast_acting.accepts(observation):
+        if fast_acting is not None and fast_acting.accepts(observation):
             return fast_acting.greedy_actions(observation)
         return self.policy.predict(observation, deterministic=True)[0]
 
