@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_lecture_dqn.fast_head import Head, HiddenLayer, forward, hooks_of, read_head
+from sb3_lecture_dqn.fast_head import Composition, Head, HiddenLayer, forward, hooks_of, read_head
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 from sb3_lecture_dqn.threads import threads_for
 
@@ -44,7 +44,7 @@ class FastActing:
         self.parameters = list(policy.q_net.q_net.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self.hooks = hooks_of(policy.q_net)
+        self.hooks, self.composition = hooks_of(policy.q_net), Composition(policy)
         self.hidden_layers = [_numpy_layer(layer) for layer in head.hidden_layers]
         self.final_weight, self.final_bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
 
@@ -69,9 +69,9 @@ class FastActing:
         Whether the policy is still as it was when this was made.
 
         :param policy: The policy that acts now
-        :return: Whether its parameters are where they were, and nobody wants to see its passes
+        :return: Whether its layers and parameters are what and where they were, and nobody wants to see its passes
         """
-        is_same = policy is self.policy and not any(self.hooks)
+        is_same = policy is self.policy and not any(self.hooks) and self.composition.is_unchanged()
         return is_same and all(p.data_ptr() == a for p, a in zip(self.parameters, self.addresses, strict=True))
 
     def accepts(self, observations: np.ndarray | dict[str, np.ndarray]) -> bool:
@@ -99,7 +99,8 @@ class FastActing:
         if len(observations) == 1:
             return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
         with th.no_grad(), threads_for(len(observations) * self.n_parameters):
-            actions: np.ndarray = forward(self.head, th.from_numpy(observations).flatten(1)).argmax(dim=1).numpy()
+            features = th.from_numpy(np.ascontiguousarray(observations)).flatten(1)
+            actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
         return actions
 
     @th.no_grad()
@@ -139,15 +140,16 @@ def _takes_vectors(q_net: QNetwork) -> bool:
 
 
 def _are_of(space: spaces.Space[Any], observations: Any) -> bool:
-    is_array = isinstance(observations, np.ndarray)
-    return is_array and observations.dtype == space.dtype and observations.shape[1:] == space.shape
+    if not isinstance(observations, np.ndarray) or observations.ndim == 0:
+        return False
+    return observations.dtype == space.dtype and observations.shape[1:] == space.shape
 
 
 def _to_tensors(observations: np.ndarray | dict[str, np.ndarray]) -> PyTorchObs:
     """Copies, because these observations are still to be stored in D, and an encoder may overwrite what it gets."""
     if isinstance(observations, dict):
-        return {key: th.tensor(values) for key, values in observations.items()}
-    return th.tensor(observations)
+        return {key: th.from_numpy(np.array(values)) for key, values in observations.items()}
+    return th.from_numpy(np.array(observations))
 
 
 def _numpy_layer(layer: HiddenLayer) -> NumpyLayer:

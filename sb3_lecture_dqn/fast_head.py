@@ -6,6 +6,8 @@ It computes what ``QNetwork.q_net`` and autograd compute, without modules and wi
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple, TypeGuard
 
 import torch as th
@@ -118,6 +120,32 @@ def hooks_of(q_net: QNetwork) -> list[dict[int, Any]]:
     :return: Dictionaries that are empty as long as no hook is registered
     """
     return [hooks for m in q_net.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+
+
+class Composition:
+    """
+    What a network is made of, to see whether somebody has exchanged a layer or a parameter.
+
+    :param network: The network
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._registries: list[dict[str, Any]] = [
+            registry for module in network.modules() for registry in (module._modules, module._parameters)
+        ]
+        self._contents = self._read()
+
+    def _read(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._registries)))
+
+    def is_unchanged(self) -> bool:
+        """
+        Whether all modules and parameters are the same objects as when this was made.
+
+        :return: Whether they are
+        """
+        contents = self._read()
+        return len(contents) == len(self._contents) and all(map(is_, contents, self._contents))
 
 
 class HeadPass(NamedTuple):

@@ -19,7 +19,16 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
-from sb3_lecture_dqn.fast_head import Head, backward, forward, forward_for_backward, gradient_of, hooks_of, read_head
+from sb3_lecture_dqn.fast_head import (
+    Composition,
+    Head,
+    backward,
+    forward,
+    forward_for_backward,
+    gradient_of,
+    hooks_of,
+    read_head,
+)
 from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, is_plain_adam, views
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 from sb3_lecture_dqn.second_thread import SecondThread, Task
@@ -106,6 +115,7 @@ class FastUpdate:
             parameter.grad = view
         self.addresses = self._addresses()
         self.hooks = [*hooks_of(policy.q_net), *hooks_of(policy.q_net_target)]
+        self.composition = Composition(policy)
         self.head, self.target_head = _head_of(policy.q_net), _head_of(policy.q_net_target)
         self.head_gradients = _head_of(policy.q_net, gradient_of)
         self.adam = FlatAdam(optimizer, self.theta, self.gradient)
@@ -139,11 +149,12 @@ class FastUpdate:
         Whether the policy is still as it was when this was made.
 
         :param policy: The policy that is trained now
-        :return: Whether its parameters, gradients and optimizer state are still in the flat tensors
+        :return: Whether its layers are the same, and its parameters, gradients and optimizer state still in the flat tensors
         """
         return (
             policy is self.policy
             and not any(self.hooks)
+            and self.composition.is_unchanged()
             and self._addresses() == self.addresses
             and all(map(is_, map(attrgetter("grad"), self.parameters), self.gradients))
             and self.adam.is_current()

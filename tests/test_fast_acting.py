@@ -8,7 +8,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
@@ -20,13 +20,14 @@ from sb3_lecture_dqn.policies import MlpPolicy
 WIDE = {"final_layer_std": 0.5}
 
 
-IMAGE = spaces.Box(0, 255, (1, 12, 12), np.uint8)
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)  # the smallest that the Nature CNN takes
 VECTOR = spaces.Box(-3, 3, (5,), np.float64)
 SPACES = {
     "image": IMAGE,
     "dictionary": spaces.Dict({"image": IMAGE, "vector": VECTOR, "number": spaces.Discrete(3)}),
     "number": spaces.Discrete(4),
     "float64 vector": VECTOR,
+    "float32 vector": spaces.Box(-3, 3, (5,), np.float32),
 }
 
 
@@ -61,11 +62,24 @@ class SmallEncoder(BaseFeaturesExtractor):
         return features
 
 
-def encoding_model_of(kind: str, n_envs: int) -> LectureDQN:
+def encoding_model_of(kind: str, n_envs: int, encoder: type[BaseFeaturesExtractor] | None = SmallEncoder) -> LectureDQN:
+    """With an encoder, or with the one that the policy takes by itself."""
     policy = {"image": "CnnPolicy", "dictionary": "MultiInputPolicy"}.get(kind, "MlpPolicy")
     env = DummyVecEnv([lambda: Noise(kind)] * n_envs)
-    kwargs = {**WIDE, "features_extractor_class": SmallEncoder, "net_arch": [16]}
-    return LectureDQN(policy, env, policy_kwargs=kwargs, buffer_size=1_000, learning_starts=0, batch_size=8, seed=1)
+    kwargs = {**WIDE, "net_arch": [16], **({"features_extractor_class": encoder} if encoder else {})}
+    model = LectureDQN(policy, env, policy_kwargs=kwargs, buffer_size=1_000, learning_starts=0, batch_size=8, seed=1)
+    let_every_action_be_the_best_somewhere(model)
+    return model
+
+
+@th.no_grad()
+def let_every_action_be_the_best_somewhere(model: LectureDQN) -> None:
+    """Q(s, a) is 0 on average over s, so that the greedy action depends on s; to an encoder, noise looks much the same."""
+    assert model.env is not None
+    observations = (model.policy.obs_to_tensor(model.env.reset())[0] for _ in range(20))  # type: ignore[arg-type]
+    model.policy.set_training_mode(False)
+    q_values = th.cat([model.q_net(batch) for batch in observations])
+    model.q_net.q_net[-1].bias -= q_values.mean(dim=0)  # type: ignore[operator]
 
 
 def model_of(env: Any = "CartPole-v1", **policy_kwargs: Any) -> LectureDQN:
@@ -93,10 +107,11 @@ def test_its_actions_are_the_policys(layers: dict[str, Any], n_envs: int) -> Non
     assert len(np.unique(actions)) > 1
 
 
+@pytest.mark.parametrize("encoder", [SmallEncoder, None])
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("kind", SPACES)
-def test_its_actions_are_the_policys_behind_an_encoder(kind: str, n_envs: int) -> None:
-    model = encoding_model_of(kind, n_envs)
+def test_its_actions_are_the_policys_behind_an_encoder(kind: str, n_envs: int, encoder: Any) -> None:
+    model = encoding_model_of(kind, n_envs, encoder)
     fast_acting = FastActing.for_policy(model.policy)
     assert fast_acting is not None
     actions = []
@@ -116,17 +131,32 @@ def test_its_actions_are_the_policys_behind_an_encoder(kind: str, n_envs: int) -
 def test_a_run_with_it_is_the_run_without_it_behind_an_encoder(
     monkeypatch: pytest.MonkeyPatch, kind: str, n_envs: int
 ) -> None:
-    def transitions() -> Any:
+    def transitions(is_fast: bool) -> Any:
         model = encoding_model_of(kind, n_envs).learn(120)
+        assert (model._fast_acting is not None) == is_fast
         assert model.replay_buffer is not None
         return model.replay_buffer.observations, model.replay_buffer.actions
 
-    fast_observations, fast_actions = transitions()
+    fast_observations, fast_actions = transitions(is_fast=True)
     monkeypatch.setattr(FastActing, "for_policy", classmethod(lambda cls, policy: None))
-    observations, actions = transitions()
+    observations, actions = transitions(is_fast=False)
     np.testing.assert_array_equal(fast_actions, actions)
     for key in observations if isinstance(observations, dict) else [...]:
         np.testing.assert_array_equal(fast_observations[key], observations[key])
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("encoder", [SmallEncoder, None])
+def test_a_mirrored_view_of_the_observations_is_acted_on(encoder: Any, n_envs: int) -> None:
+    model = encoding_model_of("float32 vector", n_envs, encoder)
+    fast_acting = FastActing.for_policy(model.policy)
+    assert fast_acting is not None
+    for _ in range(20):
+        observations: Any = model.env.reset()  # type: ignore[union-attr]
+        mirrored = observations[:, ::-1]
+        assert fast_acting.accepts(mirrored)
+        expected, _ = model.policy.predict(mirrored, deterministic=True)
+        np.testing.assert_array_equal(fast_acting.greedy_actions(mirrored), expected)
 
 
 def test_one_observation_has_the_q_values_of_the_network() -> None:
@@ -178,6 +208,45 @@ def test_a_hook_that_appears_in_the_middle_of_a_run_sees_the_acting() -> None:
     assert shapes.count((1, 4)) == 8
 
 
+def exchange_the_network(model: LectureDQN) -> None:
+    model.policy.q_net = model.policy.make_q_net()
+
+
+def exchange_the_final_layer(model: LectureDQN) -> None:
+    model.policy.q_net.q_net[-1] = nn.Linear(16, 3)
+
+
+def exchange_a_weight(model: LectureDQN) -> None:
+    model.policy.q_net.q_net[-1].weight = nn.Parameter(th.randn(3, 16))
+
+
+class Negative(FlattenExtractor):
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return -super().forward(observations)
+
+
+def exchange_the_encoder(model: LectureDQN) -> None:
+    model.policy.q_net.features_extractor = Negative(model.observation_space)
+
+
+@pytest.mark.parametrize("exchange", [exchange_the_network, exchange_the_final_layer, exchange_a_weight, exchange_the_encoder])
+def test_what_is_exchanged_in_the_policy_acts(exchange: Any) -> None:
+    model = encoding_model_of("float32 vector", n_envs=1, encoder=None).learn(8)
+    exchange(model)
+    model.learn(8, reset_num_timesteps=False)
+    for _ in range(50):
+        model._last_obs = model.env.reset()  # type: ignore[union-attr, assignment]
+        assert model._fast_acting is not None
+        assert model._fast_acting.accepts(model._last_obs)  # type: ignore[arg-type]
+        expected, _ = model.policy.predict(model._last_obs, deterministic=True)  # type: ignore[arg-type]
+        assert model._greedy_actions(model._last_obs) == expected  # type: ignore[arg-type]
+
+
+class OwnTensors(MlpPolicy):
+    def obs_to_tensor(self, observation: Any) -> Any:
+        return super().obs_to_tensor(-observation)
+
+
 class OwnPrediction(MlpPolicy):
     def _predict(self, observation: Any, deterministic: bool = True) -> th.Tensor:
         return th.ones(len(observation), dtype=th.long)
@@ -189,8 +258,9 @@ class OwnPrediction(MlpPolicy):
         lambda: model_of(activation_fn=nn.Tanh),
         lambda: model_of(activation_fn=lambda: nn.LeakyReLU(2.0)),
         lambda: LectureDQN(OwnPrediction, "CartPole-v1"),
+        lambda: LectureDQN(OwnTensors, "CartPole-v1"),
     ],
-    ids=["tanh", "steep", "own prediction"],
+    ids=["tanh", "steep", "own prediction", "own tensors"],
 )
 def test_the_policy_acts_itself_where_fast_acting_does_not_fit(model: Any) -> None:
     model = model()
@@ -220,6 +290,6 @@ def test_observations_of_other_shapes_or_types_are_the_policys(kind: str) -> Non
             observations["vector"],
         ]
     else:
-        others = [observations.astype(np.float32), observations[..., None], {"observation": observations}]
+        others = [observations.astype(np.float16), observations[..., None], observations[0, ...], {"": observations}]
     assert fast_acting.accepts(observations)
     assert not any(fast_acting.accepts(other) for other in others)

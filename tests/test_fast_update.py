@@ -294,6 +294,19 @@ def test_features_of_a_users_own_are_used_for_training_and_acting() -> None:
     assert model._fast_acting is None
 
 
+def test_a_layer_that_was_exchanged_is_trained() -> None:
+    model = make_model("vector", fast=True, dtype=th.float32)
+    rng = np.random.default_rng(0)
+    train_on(model, random_batch("vector", rng, th.float32))
+    final_layer = nn.Linear(16, 3)
+    model.policy.q_net.q_net[-1] = final_layer
+    model.policy.optimizer = th.optim.Adam(model.policy.q_net.parameters())
+    before = final_layer.weight.detach().clone()
+    train_on(model, random_batch("vector", rng, th.float32))
+    assert not th.equal(final_layer.weight, before)
+    assert model._fast_update is not None
+
+
 class BufferWithAField(ReplayBuffer):
     """Tells which transitions it drew, as a prioritized buffer does."""
 
