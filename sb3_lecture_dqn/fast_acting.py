@@ -142,7 +142,8 @@ def _takes_vectors(q_net: QNetwork) -> bool:
 def _are_of(space: spaces.Space[Any], observations: Any) -> bool:
     if not isinstance(observations, np.ndarray) or observations.ndim == 0:
         return False
-    return observations.dtype == space.dtype and observations.shape[1:] == space.shape
+    is_same: bool = observations.dtype == space.dtype and observations.shape[1:] == space.shape
+    return is_same
 
 
 def _to_tensors(observations: np.ndarray | dict[str, np.ndarray]) -> PyTorchObs:
