@@ -35,11 +35,17 @@ class DivergenceError(ValueError):
 
 
 class DivergenceWatch:
-    """Looks at what training gives anyway, and raises :class:`DivergenceError` when that cannot be right."""
+    """
+    Looks at what training gives anyway, and raises :class:`DivergenceError` when that cannot be right.
 
-    def __init__(self) -> None:
+    :param is_trained: Whether Q was trained before, maybe on rewards that the replay buffer does not hold
+    """
+
+    def __init__(self, is_trained: bool = False) -> None:
         self._last_pos = self._last_num_timesteps = 0
         self._largest_reward = 1.0
+        #: The size of Q that the training began with; ``None`` as long as it is not known.
+        self._first_size = None if is_trained else 0.0
 
     def check(self, model: Any, metrics: Mapping[str, float]) -> None:
         """
@@ -97,11 +103,13 @@ class DivergenceWatch:
 
     def _check_size(self, model: Any, metrics: Mapping[str, float]) -> None:
         seen = max(abs(metrics["q_values"]), abs(metrics["td_target"]), math.sqrt(max(metrics["loss"], 0.0)))
+        if self._first_size is None:
+            self._first_size = seen
         horizon = min(1 / max(1 - model.gamma, 1e-12), LONGEST_HORIZON)
         if seen <= EXPLOSION_FACTOR * self._largest_reward * horizon:
             return
         self._largest_reward = max(self._largest_reward, _largest_reward(model))
-        allowed = self._largest_reward * horizon
+        allowed = max(self._largest_reward * horizon, self._first_size)
         if seen > EXPLOSION_FACTOR * allowed:
             raise DivergenceError(
                 f"training has diverged: Q explodes, its size is {seen:.3g} at step {model.num_timesteps} (gradient step "

@@ -54,14 +54,14 @@ class FastActing:
         Fast acting for a policy.
 
         :param policy: The policy
-        :return: Its fast acting; ``None`` for other layers, a forward pass of a user's own, other parameters than float32, or
-            a GPU
+        :return: Its fast acting; ``None`` for other layers, a forward pass of a user's own, other parameters than float32, a
+            GPU, or a policy that was compiled
         """
-        head = read_head(policy.q_net)
+        head = read_head(policy.q_net) if isinstance(policy, LectureDQNPolicy) else None
         if head is None or not _acts_as_the_lecture_does(policy):
             return None
         is_on_cpu = all(p.dtype == th.float32 and p.device.type == "cpu" for p in policy.q_net.parameters())
-        is_increasing = all(0 <= layer.negative_slope <= 1 for layer in head.hidden_layers)
+        is_increasing = all(layer.negative_slope <= 1 for layer in head.hidden_layers)
         return cls(policy, head) if is_on_cpu and is_increasing else None
 
     def is_current(self, policy: LectureDQNPolicy) -> bool:

@@ -4,7 +4,7 @@ The head of the Q network, ``[Linear → LayerNorm → LeakyReLU] × n → Linea
 It computes what ``QNetwork.q_net`` and autograd compute, without modules and without a graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -74,18 +74,20 @@ def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.
     :param tensor_of: What to take of a parameter, by default the memory of its values; or :func:`gradient_of`
     :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass or features of a user's own
     """
-    methods = ("forward", "extract_features")
-    is_a_users_own = any(getattr(type(q_net), name) is not getattr(QNetwork, name) for name in methods)
-    if is_a_users_own or any(hooks_of(q_net)):
+    # asked of the object and not of its class, since a method may be replaced in either
+    methods = {name: getattr(getattr(q_net, name), "__func__", None) for name in ("forward", "extract_features")}
+    is_a_users_own = any(method is not getattr(QNetwork, name) for name, method in methods.items())
+    if is_a_users_own or type(q_net.q_net) is not nn.Sequential or any(hooks_of(q_net)):
         return None
     *layers, final_layer = q_net.q_net
     hidden_layers: list[HiddenLayer] = []
     while layers:
         linear = layers.pop(0)
-        layer_norm = layers[0] if layers and isinstance(layers[0], nn.LayerNorm) else None
+        layer_norm = layers[0] if layers and type(layers[0]) is nn.LayerNorm else None
         layers = layers[1:] if layer_norm is not None else layers
         activation = layers.pop(0) if layers else None
-        if not _is_full_linear(linear) or type(activation) not in (nn.LeakyReLU, nn.ReLU):
+        slope = _negative_slope(activation)
+        if slope is None or not _is_full_linear(linear):
             return None
         if layer_norm is not None and (layer_norm.weight is None or layer_norm.bias is None):
             return None
@@ -93,10 +95,17 @@ def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.
             HiddenLayer(
                 _linear_tensors(linear, tensor_of),
                 None if layer_norm is None else _layer_norm_tensors(layer_norm, tensor_of),
-                getattr(activation, "negative_slope", 0.0),
+                slope,
             )
         )
     return Head(hidden_layers, _linear_tensors(final_layer, tensor_of)) if _is_full_linear(final_layer) else None
+
+
+def _negative_slope(activation: nn.Module | None) -> float | None:
+    if type(activation) is nn.ReLU:
+        return 0.0
+    # with a slope below 0 the output would not tell on which side the input was
+    return activation.negative_slope if type(activation) is nn.LeakyReLU and activation.negative_slope >= 0 else None
 
 
 def _is_full_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -119,7 +128,18 @@ def hooks_of(q_net: QNetwork) -> list[dict[int, Any]]:
     :param q_net: The network
     :return: Dictionaries that are empty as long as no hook is registered
     """
-    return [hooks for m in q_net.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [getattr(module, name) for module in q_net.modules() for name in names]
+
+
+def have_hooks(parameters: Iterable[th.Tensor]) -> bool:
+    """
+    Whether somebody wants to see the gradients of parameters, or to change them.
+
+    :param parameters: The parameters
+    :return: Whether one of them has a hook
+    """
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
 
 class Composition:

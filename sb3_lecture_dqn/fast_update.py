@@ -26,10 +26,11 @@ from sb3_lecture_dqn.fast_head import (
     forward,
     forward_for_backward,
     gradient_of,
+    have_hooks,
     hooks_of,
     read_head,
 )
-from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, is_plain_adam, views
+from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, has_one_step_count, is_plain_adam, views
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 from sb3_lecture_dqn.second_thread import SecondThread, Task
 
@@ -123,8 +124,9 @@ class FastUpdate:
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
         self.takes_vectors = has_vector_observations(policy)
-        #: Whether the encoder may compute something else in training mode than in evaluation mode.
+        #: Whether the encoder is one that we do not know, which may care for its mode, or for where a batch begins and ends.
         self.needs_training_mode = any(type(module) not in MODELESS_MODULES for module in encoder.modules())
+        self.encodes_in_steps = self.has_trained_encoder or self.needs_training_mode
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> "FastUpdate | None":
@@ -132,14 +134,21 @@ class FastUpdate:
         The fast update of a policy.
 
         :param policy: The policy
-        :return: Its update, or ``None`` where only the plain one is right: other layers, other optimizers, hooks, a GPU
+        :return: Its update, or ``None`` where only the plain one is right: other layers, other optimizers, hooks, frozen
+            parameters, parameters in a GPU's or in shared memory, a policy that was compiled
         """
+        if not isinstance(policy, LectureDQNPolicy):
+            return None
         heads = read_head(policy.q_net), read_head(policy.q_net_target)
         parameters = list(policy.q_net.parameters())
-        kinds = {(p.device.type, p.dtype) for p in (*parameters, *policy.q_net_target.parameters())}
+        all_parameters = (*parameters, *policy.q_net_target.parameters())
+        kinds = {(p.device.type, p.dtype) for p in all_parameters}
         if None in heads or len(kinds) > 1 or policy.device.type != "cpu":
             return None
-        return cls(policy, policy.optimizer) if is_plain_adam(policy.optimizer, parameters) else None
+        if have_hooks(parameters) or any(p.untyped_storage().is_shared() for p in all_parameters):
+            return None
+        optimizer = policy.optimizer
+        return cls(policy, optimizer) if is_plain_adam(optimizer, parameters) and has_one_step_count(optimizer) else None
 
     def _addresses(self) -> list[int]:
         return list(map(th.Tensor.data_ptr, chain(self.parameters, self.target_parameters)))
@@ -149,11 +158,15 @@ class FastUpdate:
         Whether the policy is still as it was when this was made.
 
         :param policy: The policy that is trained now
-        :return: Whether its layers are the same, and its parameters, gradients and optimizer state still in the flat tensors
+        :return: Whether its layers and its optimizer are the same, its parameters, gradients and optimizer state still in the
+            flat tensors, nothing is frozen, and nobody wants to see its passes
         """
         return (
             policy is self.policy
+            and policy.optimizer is self.adam.optimizer
+            and is_plain_adam(policy.optimizer, self.parameters)
             and not any(self.hooks)
+            and not have_hooks(self.parameters)
             and self.composition.is_unchanged()
             and self._addresses() == self.addresses
             and all(map(is_, map(attrgetter("grad"), self.parameters), self.gradients))
@@ -201,7 +214,7 @@ class FastUpdate:
         """
         targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
         actions = actions.to(th.int64, copy=True)  # the metrics keep them, and should not keep all that was drawn with them
-        inputs = observations if self.has_trained_encoder else self._features(self.policy.q_net, observations)
+        inputs = observations if self.encodes_in_steps else self._features(self.policy.q_net, observations)
         inputs_of_batches = [rows_of(inputs, slice(start, start + batch_size)) for start in range(0, len(actions), batch_size)]
         selections = th.split(self._selections(actions, batch_size), batch_size)
         batches = zip(inputs_of_batches, selections, targets, strict=True)
@@ -217,7 +230,8 @@ class FastUpdate:
         self, targets_of: Callable[[slice], th.Tensor], n_steps: int, batch_size: int
     ) -> Iterator[Callable[[], th.Tensor]]:
         """The targets of each batch: of the first one, which the steps wait for, and of the others ahead."""
-        starts = [0, *range(1, n_steps, max(self.rows_ahead // batch_size, 1))]
+        rows_ahead = batch_size if self.needs_training_mode else self.rows_ahead
+        starts = [0, *range(1, n_steps, max(rows_ahead // batch_size, 1))]
         ends = [*starts[1:], n_steps]
         parts = [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
         tasks = zip(self.second_thread.in_advance([partial(targets_of, part) for part in parts]), starts, ends, strict=True)
@@ -226,10 +240,10 @@ class FastUpdate:
     def _step(
         self, inputs: Any, selection: th.Tensor, batch_targets: Callable[[], th.Tensor], max_grad_norm: float | None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """One gradient step on observations, or on features without parameters; gives Q(s, ·, θ), targets and ‖gradient‖²."""
+        """One gradient step on observations, or on features that are there; gives Q(s, ·, θ), targets and ‖gradient‖²."""
         features = inputs
-        if self.has_trained_encoder:
-            with th.enable_grad():
+        if self.encodes_in_steps:
+            with th.set_grad_enabled(self.has_trained_encoder):
                 features = self._features(self.policy.q_net, inputs)
         made = forward_for_backward(self.head, features.detach())
         targets = batch_targets()
@@ -255,4 +269,5 @@ class FastUpdate:
     def _encoder_gradients(self, features: th.Tensor, features_gradient: th.Tensor) -> None:
         for parameter in self.policy.q_net.features_extractor.parameters():
             gradient_of(parameter).zero_()
-        th.autograd.backward(features, features_gradient)
+        if features.requires_grad:  # it does not if the encoder runs under no_grad
+            th.autograd.backward(features, features_gradient)

@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from sb3_lecture_dqn.processes import here, is_alive
 CHECKSUMS = "checksums.json"
 
 
+class MissingPolicyError(ValueError):
+    """The policy of a model file is of a class that cannot be imported."""
+
+
 @contextmanager
 def replace_when_written(target: Path) -> Iterator[Path]:
     """
@@ -27,9 +31,10 @@ def replace_when_written(target: Path) -> Iterator[Path]:
 
     What a process left that was killed here is removed by the next that writes the same target.
 
-    :param target: The file to replace; its folder is made if it is missing
+    :param target: The file to replace, or a link to it, which stays a link; its folder is made if it is missing
     :return: The path to write to, in the same folder and with the same ending as the target
     """
+    target = target.resolve() if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the name: who writes it, and that no two threads of a process do
     prefix = f".{target.stem}-{hashlib.sha256(here().encode()).hexdigest()[:8]}-"
@@ -61,19 +66,31 @@ def add_checksums(path: Path) -> None:
         archive.writestr(CHECKSUMS, json.dumps(_member_checksums(archive)))
 
 
-def check_model_file(path: str | Path | io.BufferedIOBase, policy_class: type, algorithm_name: str) -> None:
+def check_model_file(
+    path: str | Path | io.BufferedIOBase,
+    policy_class: type,
+    algorithm_name: str,
+    custom_objects: Mapping[str, Any] | None = None,
+) -> None:
     """
     Check that a file is a whole model of an algorithm.
 
     :param path: The file, as SB3's ``load`` takes it
     :param policy_class: The class that the saved policy must derive from
     :param algorithm_name: The algorithm's name, for the errors
+    :param custom_objects: What is used in the place of saved objects, maybe a ``policy_class``
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is truncated, damaged, not a zip file, or saved by another algorithm
+    :raises MissingPolicyError: if it is whole, but the class of its policy cannot be imported
     """
     file: Any = open_path(path, "r", suffix="zip")
     try:
-        saved_class = _read_policy_class(file)
+        data = _read_checked_data(file)
+        saved_class = (custom_objects or {}).get("policy_class") or _unpickle_policy_class(data)
+    except ImportError as error:
+        raise MissingPolicyError(
+            f'path must be a model whose policy can be imported, or custom_objects give a "policy_class", got {path}: {error}'
+        ) from error
     except Exception as error:  # a damaged file makes zipfile, json and pickle raise almost anything
         raise ValueError(f"path must be a whole model file of {algorithm_name}, got {path}: {error}") from error
     finally:
@@ -85,15 +102,21 @@ def check_model_file(path: str | Path | io.BufferedIOBase, policy_class: type, a
         raise ValueError(f"path must be a model of {algorithm_name}, got {path} with the policy {saved_class.__name__}")
 
 
-def _read_policy_class(file: io.BufferedIOBase) -> type:
+def _read_checked_data(file: io.BufferedIOBase) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} is damaged")
         if CHECKSUMS in archive.namelist() and json.loads(archive.read(CHECKSUMS)) != _member_checksums(archive):
             raise ValueError("its members are not those that were saved together")
-        data = json.loads(archive.read("data"))
-    saved: type = json_to_data(json.dumps({"policy_class": data["policy_class"]}))["policy_class"]
+        data: dict[str, Any] = json.loads(archive.read("data"))
+    return data
+
+
+def _unpickle_policy_class(data: dict[str, Any]) -> type:
+    saved: type | None = json_to_data(json.dumps({"policy_class": data["policy_class"]})).get("policy_class")
+    if saved is None:  # SB3 warns of a class that its module does not have any more
+        raise ImportError("its class is not where it was")
     return saved
 
 

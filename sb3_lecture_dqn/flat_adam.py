@@ -19,10 +19,23 @@ def is_plain_adam(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Paramet
     """
     if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
         return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
     group = optimizer.param_groups[0]
     has_extras = group["weight_decay"] != 0 or group["amsgrad"] or group["maximize"] or isinstance(group["lr"], th.Tensor)
     same_parameters = [id(p) for p in group["params"]] == [id(p) for p in parameters]
     return same_parameters and not has_extras and all(p.requires_grad for p in parameters)
+
+
+def has_one_step_count(optimizer: th.optim.Optimizer) -> bool:
+    """
+    Whether an Adam counts the steps of all its parameters alike.
+
+    :param optimizer: The optimizer
+    :return: ``False`` if some of them were frozen in some of the steps
+    """
+    states = [optimizer.state.get(parameter) or {} for parameter in optimizer.param_groups[0]["params"]]
+    return len({float(state.get("step", 0)) for state in states}) == 1
 
 
 def flatten(parameters: Sequence[th.Tensor]) -> th.Tensor:
@@ -64,7 +77,7 @@ class FlatAdam:
         self.theta, self.gradient = theta, gradient
         self.first_moment, self.second_moment = th.zeros_like(theta), th.zeros_like(theta)
         parameters = optimizer.param_groups[0]["params"]
-        self.step_counts = th.zeros(len(parameters))  # Adam has one for each parameter; they are the same
+        self.step_counts = th.zeros(len(parameters))  # Adam has one for each parameter; has_one_step_count has looked
         self.step_count = self.step_counts[0]
         moments = zip(views(self.first_moment, parameters), views(self.second_moment, parameters), strict=True)
         self.states: list[dict[str, Any]] = []
@@ -77,7 +90,6 @@ class FlatAdam:
             state.update(parts)
             self.states.append(state)
             self.parts_of_states.extend(state.values())
-        self.step_counts.fill_(self.step_counts.max())  # a parameter that never had a gradient has no state
 
     def is_current(self) -> bool:
         """Whether the optimizer's state is still in the flat tensors, and not another one (``set_parameters``)."""

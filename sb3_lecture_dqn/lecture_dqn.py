@@ -15,6 +15,7 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
     metrics = evaluate(env, pi)                         # predict(deterministic=True), by EvalCallback
 """
 
+import contextlib
 import inspect
 import io
 import warnings
@@ -48,7 +49,7 @@ from sb3_lecture_dqn.divergence import DivergenceWatch
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast_acting import FastActing
 from sb3_lecture_dqn.fast_update import FastUpdate, rows_of
-from sb3_lecture_dqn.files import add_checksums, check_model_file, replace_when_written
+from sb3_lecture_dqn.files import MissingPolicyError, add_checksums, check_model_file, replace_when_written
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
@@ -62,6 +63,7 @@ from sb3_lecture_dqn.validation import (
     check_int_at_least,
     check_observation_space,
     check_policy_class,
+    check_train_freq,
 )
 
 SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
@@ -129,7 +131,7 @@ class LectureDQN(OffPolicyAlgorithm):
         :class:`~sb3_lecture_dqn.policies.LectureDQNPolicy`
     :param env: The environment to learn from, with a ``Discrete`` action space; an id string is made without a render mode
     :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0); by default
-        it falls linearly from 5e-4 to 0 over each ``learn``; give a number to train in many small pieces
+        it falls linearly from 5e-4 to 0 over the steps of a training; give a number to train in many small pieces
     :param buffer_size: Maximum number of transitions in D (L11), at least 1
     :param learning_starts: Number of steps with uniform actions before learning starts
     :param batch_size: Number of transitions in B (L11), at least 1
@@ -137,7 +139,8 @@ class LectureDQN(OffPolicyAlgorithm):
     :param gamma: The discount factor γ (L1), in [0, 1]
     :param train_freq: Train every ``train_freq`` steps; or a tuple like ``(5, "step")`` or ``(2, "episode")``
     :param gradient_steps: Gradient steps per training; -1 for as many as there were environment steps
-    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``); ``None`` selects SB3's
+    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``); ``None`` selects SB3's,
+        for arrays one with the same draws that samples faster
     :param replay_buffer_kwargs: Keyword arguments of the replay buffer. ``dict(handle_timeout_termination=True)`` makes d =
         terminated alone; by default d is the lecture's terminated ∨ truncated (L2)
     :param optimize_memory_usage: Whether D stores each observation once, at the cost of more complexity
@@ -210,7 +213,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if isinstance(env, str):
             # SB3 would make it with render_mode="rgb_array", with which a step of LunarLander takes longer.
             env = gymnasium.make(env)
-        if env is not None:  # load() without an environment passes None
+        if isinstance(env, (gymnasium.Env, VecEnv)):  # SB3 wraps anything else, or says why it cannot
             check_action_space(env.action_space)
             check_observation_space(env.observation_space)
         super().__init__(
@@ -256,13 +259,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self._check_hyperparameters()
         self._set_default_replay_buffer_class()
         self._set_default_done_flag()
-        # SB3 makes D here. One transition stands in for it, which checks its arguments; the property below makes the real one
-        # when somebody asks for it, and a model that is loaded to play never does.
-        buffer_size, self.buffer_size = self.buffer_size, 1
-        allocated_buffer = self.replay_buffer
-        super()._setup_model()
-        self.buffer_size = buffer_size
-        self.replay_buffer = allocated_buffer
+        self._make_policy_and_buffer()
 
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
@@ -270,6 +267,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self.exploration_schedule = self._make_exploration_schedule()
         self._fast_update: FastUpdate | None = None
         self._fast_acting: FastActing | None = None
+        self._is_collecting = False
         self._training_metrics = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
         self._divergence_watch = DivergenceWatch()
         if self.n_envs > self.target_update_interval:
@@ -278,6 +276,18 @@ class LectureDQN(OffPolicyAlgorithm):
                 f"{self.target_update_interval}): the target network is updated after each step of all of them",
                 stacklevel=2,
             )
+
+    def _make_policy_and_buffer(self) -> None:
+        if self.replay_buffer_class not in (None, HerReplayBuffer, *UNIFORM_BUFFERS):
+            super()._setup_model()  # a user's own D is made once and at once
+            return
+        # SB3 makes D here. One transition stands in for it, which checks its arguments; the property below makes the real one
+        # when somebody asks for it, and a model that is loaded to play never does.
+        buffer_size, self.buffer_size = self.buffer_size, 1
+        allocated_buffer = self.replay_buffer
+        super()._setup_model()
+        self.buffer_size = buffer_size
+        self.replay_buffer = allocated_buffer
 
     def _check_hyperparameters(self) -> None:
         for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval"):
@@ -295,8 +305,7 @@ class LectureDQN(OffPolicyAlgorithm):
             self.learning_rate = float(self.learning_rate)
         if self.max_grad_norm is not None:
             check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
-        if isinstance(self.train_freq, int):  # SB3 checks the form (number, unit)
-            check_int_at_least("train_freq", self.train_freq, 1)
+        check_train_freq(self.train_freq)
 
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
@@ -306,6 +315,8 @@ class LectureDQN(OffPolicyAlgorithm):
             # A loaded model's, maybe with new arguments: SB3 gives it n and γ only where it chooses the class itself.
             self.replay_buffer_class = None
         is_plain = self.n_steps == 1 and not self.optimize_memory_usage
+        if self.replay_buffer_class is ContiguousReplayBuffer and not is_plain:
+            self.replay_buffer_class = None  # the same: it was chosen for other arguments
         if self.replay_buffer_class is None and is_plain and not isinstance(self.observation_space, spaces.Dict):
             self.replay_buffer_class = ContiguousReplayBuffer
 
@@ -390,7 +401,8 @@ class LectureDQN(OffPolicyAlgorithm):
         :param deterministic: ``True`` for π, ``False`` for π_E
         :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
         """
-        if deterministic or self.exploration_rate == 0:
+        is_with_info = isinstance(observation, tuple)  # what env.reset() returns: SB3's policy says what is wrong with it
+        if deterministic or self.exploration_rate == 0 or is_with_info:
             return self._greedy_actions(observation), state
         is_vectorized = observation is self._last_obs or self.policy.is_vectorized_observation(observation)
         first_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
@@ -404,7 +416,7 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _greedy_actions(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """π(s), without SB3's checks and conversions for the observations that the collection acts on."""
-        fast_acting = self._fast_acting if observation is self._last_obs else None
+        fast_acting = self._fast_acting if self._is_collecting and observation is self._last_obs else None
         if fast_acting is not None and fast_acting.accepts(observation):
             return fast_acting.greedy_actions(observation)
         return self.policy.predict(observation, deterministic=True)[0]
@@ -419,7 +431,11 @@ class LectureDQN(OffPolicyAlgorithm):
         """
         if self._fast_acting is None or not self._fast_acting.is_current(self.policy):
             self._fast_acting = FastActing.for_policy(self.policy)
-        return super().collect_rollouts(*args, **kwargs)
+        self._is_collecting = True
+        try:
+            return super().collect_rollouts(*args, **kwargs)
+        finally:
+            self._is_collecting = False
 
     # Training: θ and ψ
 
@@ -511,6 +527,8 @@ class LectureDQN(OffPolicyAlgorithm):
         cls = type(self)
         if cls._gradient_step is not LectureDQN._gradient_step or cls._clip_gradient is not LectureDQN._clip_gradient:
             return None  # a subclass with a loss or a clipping of its own
+        if th.is_autocast_enabled("cpu"):
+            return None
         if self._fast_update is None or not self._fast_update.is_current(self.policy):
             self._fast_update = FastUpdate.for_policy(self.policy)
         return self._fast_update
@@ -635,7 +653,7 @@ class LectureDQN(OffPolicyAlgorithm):
         :return: The model
         :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm
         """
-        check_model_file(path, LectureDQNPolicy, cls.__name__)
+        check_model_file(path, LectureDQNPolicy, cls.__name__, custom_objects)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def set_parameters(
@@ -653,8 +671,10 @@ class LectureDQN(OffPolicyAlgorithm):
         :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm; nothing is changed then
         """
         if not isinstance(load_path_or_dict, dict):
-            check_model_file(load_path_or_dict, LectureDQNPolicy, type(self).__name__)
+            with contextlib.suppress(MissingPolicyError):  # only its numbers are taken
+                check_model_file(load_path_or_dict, LectureDQNPolicy, type(self).__name__)
         super().set_parameters(load_path_or_dict, exact_match, device)
+        self._divergence_watch = DivergenceWatch(is_trained=True)
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -664,6 +684,7 @@ class LectureDQN(OffPolicyAlgorithm):
             "random_generator",
             "_fast_update",
             "_fast_acting",
+            "_is_collecting",
             "_training_metrics",
             "_divergence_watch",
         ]

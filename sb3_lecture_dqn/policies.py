@@ -205,9 +205,11 @@ class LectureDQNPolicy(BasePolicy):
         try:
             net_args = self._update_features_extractor(self.net_args, features_extractor=None)
         except (RuntimeError, AttributeError) as error:
-            encoder = self.features_extractor_class.__name__
+            encoder = self.features_extractor_class
+            if isinstance(error, AttributeError) and not encoder.__module__.startswith("stable_baselines3."):
+                raise  # a mistake in an encoder of a user's own
             raise ValueError(
-                f"env must have observations that {encoder} can take, got {self.observation_space}: {error}"
+                f"env must have observations that {encoder.__name__} can take, got {self.observation_space}: {error}"
             ) from error
         return QNetwork(**net_args).to(self.device)
 

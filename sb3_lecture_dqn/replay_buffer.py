@@ -15,7 +15,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
 
     SB3 keeps observations, actions, rewards and so on in arrays of their own; a random transition then is five or six reads
     from distant places. Here they are fields of one record array, and ``observations``, ``actions``, … are views of it: they
-    can be read, written and indexed as before.
+    can be read, indexed and written into as before, but not replaced by other arrays.
 
     ``optimize_memory_usage`` is left to SB3's own class.
 
@@ -52,8 +52,8 @@ class ContiguousReplayBuffer(ReplayBuffer):
         )
 
     def _to_device(self, array: Any) -> th.Tensor:
-        # the batch is a copy already
-        return th.from_numpy(array).to(self.device)
+        # a copy of the buffer already, but the fields lie side by side in it, and an encoder may want to view its input anew
+        return th.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies."""

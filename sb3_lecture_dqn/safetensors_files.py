@@ -3,8 +3,8 @@ Models in a format that cannot run code.
 
 SB3's zip files hold pickles, and a pickle can run any code when it is loaded. A file of this module holds tensors in the
 format `safetensors <https://github.com/huggingface/safetensors>`_ and, in its header, JSON: numbers, words and shapes, from
-which the model is built anew. It holds what a user needs to play, to evaluate and to start another training: θ, ψ, the spaces
-and the hyperparameters that are numbers; not the optimizer's state, and not the replay buffer.
+which the model is built anew. It holds what a user needs to play, to evaluate and to start another training: θ, ψ, the spaces,
+the hyperparameters that are numbers, and what d is (L2); not the optimizer's state, and not the replay buffer.
 """
 
 import hashlib
@@ -59,7 +59,8 @@ def save_safetensors(model: LectureDQN, path: str | Path) -> None:
         "action_space": _describe_space(model.action_space),
         "learning_rate": _describe_schedule(model.learning_rate),
         "train_freq": [model.train_freq.frequency, model.train_freq.unit.value],  # type: ignore[union-attr]
-        "numbers": {name: getattr(model, name) for name in PLAIN_ARGUMENTS},
+        "numbers": {name: _plain_number(getattr(model, name)) for name in PLAIN_ARGUMENTS},
+        "handle_timeout_termination": model.replay_buffer_kwargs.get("handle_timeout_termination", False),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
     }
@@ -110,6 +111,7 @@ def _build(description: dict[str, Any], env: GymEnv | None, device: th.device | 
         _OnlySpaces(observation_space, action_space) if env is None else env,
         learning_rate=_build_schedule(description["learning_rate"]),
         train_freq=(int(number), unit),
+        replay_buffer_kwargs={"handle_timeout_termination": description.get("handle_timeout_termination", False)},
         policy_kwargs=policy_kwargs,
         device=device,
         **{name: description["numbers"][name] for name in PLAIN_ARGUMENTS},
@@ -140,10 +142,15 @@ def _describe_policy(policy: LectureDQNPolicy) -> dict[str, Any]:
     }
 
 
-def _name_of(cls: type, known: dict[str, type[Any]], argument: str) -> str:
-    if known.get(cls.__name__) is not cls:
-        raise ValueError(f"{argument} must be one of {', '.join(known)} to be saved without code, got {cls.__name__}")
-    return cls.__name__
+def _name_of(cls: Any, known: dict[str, type[Any]], argument: str) -> str:
+    name = getattr(cls, "__name__", repr(cls))
+    if known.get(name) is not cls:
+        raise ValueError(f"{argument} must be one of {', '.join(known)} to be saved without code, got {name}")
+    return name
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_numbers(values: dict[str, Any], argument: str) -> dict[str, Any]:

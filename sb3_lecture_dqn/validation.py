@@ -63,6 +63,22 @@ def check_int_at_least(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
+def check_train_freq(train_freq: Any) -> None:
+    """
+    Check how often to train.
+
+    :param train_freq: What the user passed, or SB3's ``TrainFreq`` of a loaded model
+    :raises ValueError: if it is neither an integer of at least 1, nor a tuple of such a number and a unit
+    """
+    is_pair = isinstance(train_freq, tuple) and len(train_freq) == 2
+    frequency, unit = train_freq if is_pair else (train_freq, "step")
+    if not _is_int(frequency) or frequency < 1 or getattr(unit, "value", unit) not in ("step", "episode"):
+        raise ValueError(
+            'train_freq must be an integer of at least 1, or a tuple of it and "step" or "episode", like (2, "episode"), got '
+            f"{train_freq!r}"
+        )
+
+
 def check_in_unit_interval(name: str, value: Any) -> None:
     """
     Check that a number lies in [0, 1].

@@ -1,5 +1,6 @@
 """Fast acting is the policy's acting: the same actions while training, and silently absent where they would not be."""
 
+import copy
 from typing import Any
 
 import gymnasium
@@ -267,6 +268,15 @@ def test_the_policy_acts_itself_where_fast_acting_does_not_fit(model: Any) -> No
     assert FastActing.for_policy(model.policy) is None
     model.learn(20)
     assert model.num_timesteps == 20
+
+
+def test_a_copy_of_a_model_acts_by_its_own_parameters() -> None:
+    model = model_of().learn(8)
+    twin = copy.deepcopy(model)
+    for action in (0, 1):
+        with th.no_grad():
+            twin.q_net.q_net[-1].bias.copy_(th.tensor([1e3, 0.0] if action == 0 else [0.0, 1e3]))
+        assert twin.predict(twin._last_obs, deterministic=True)[0] == [action]  # type: ignore[arg-type]
 
 
 def test_a_single_observation_is_the_policys() -> None:

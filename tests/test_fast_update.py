@@ -244,6 +244,7 @@ def test_a_learning_rate_schedule_reaches_the_fast_path() -> None:
     "policy_kwargs",
     [
         {"activation_fn": nn.Tanh},
+        {"activation_fn": lambda: nn.LeakyReLU(-0.5)},
         {"optimizer_class": th.optim.SGD},
         {"optimizer_class": th.optim.AdamW},
         {"optimizer_kwargs": {"weight_decay": 0.1}},
@@ -339,15 +340,212 @@ def test_a_buffer_that_we_do_not_know_is_asked_for_each_batch(buffer_class: Any,
     assert model._fast_update is not None
 
 
-def test_a_parameter_without_a_state_does_not_reset_adams_step_count() -> None:
-    model = make_model("vector", fast=True)
-    optimizer = model.policy.optimizer
+def freeze_a_layer(model: LectureDQN) -> None:
+    model.q_net.q_net[0].requires_grad_(False)
+
+
+def take_another_optimizer(model: LectureDQN) -> None:
+    model.policy.optimizer = th.optim.SGD(model.q_net.parameters(), lr=1e-4)
+
+
+def take_another_adam(model: LectureDQN) -> None:
+    model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
+
+
+def set_weight_decay(model: LectureDQN) -> None:
+    model.policy.optimizer.param_groups[0]["weight_decay"] = 0.1
+
+
+def set_amsgrad(model: LectureDQN) -> None:
+    model.policy.optimizer.param_groups[0]["amsgrad"] = True
+    for state in model.policy.optimizer.state.values():
+        state["max_exp_avg_sq"] = th.ones_like(state["exp_avg_sq"])
+
+
+def register_a_hook_of_a_parameter(model: LectureDQN) -> None:
+    model.q_net.q_net[0].weight.register_hook(lambda gradient: -gradient)
+
+
+def register_a_hook_after_accumulation(model: LectureDQN) -> None:
+    def turn(weight: th.Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.neg_()
+
+    model.q_net.q_net[0].weight.register_post_accumulate_grad_hook(turn)
+
+
+def register_a_backward_pre_hook(model: LectureDQN) -> None:
+    model.q_net.q_net[0].register_full_backward_pre_hook(lambda module, gradients: (-gradients[0],))
+
+
+def register_a_hook_of_the_optimizer(model: LectureDQN) -> None:
+    model.policy.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.param_groups[0]["params"][0].data.mul_(0.5))
+
+
+class DoubledNorm(nn.LayerNorm):
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return 2 * super().forward(inputs)
+
+
+def exchange_a_layer_norm(model: LectureDQN) -> None:
+    model.q_net.q_net[1] = DoubledNorm(16, dtype=th.float64)
+    take_another_adam(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        freeze_a_layer,
+        take_another_optimizer,
+        take_another_adam,
+        set_weight_decay,
+        set_amsgrad,
+        register_a_hook_of_a_parameter,
+        register_a_hook_after_accumulation,
+        register_a_backward_pre_hook,
+        register_a_hook_of_the_optimizer,
+        exchange_a_layer_norm,
+    ],
+)
+def test_both_paths_agree_after_a_change_in_the_middle_of_a_run(change: Any) -> None:
+    plain, fast, unchanged = make_model("vector", fast=False), make_model("vector", fast=True), make_model("vector", fast=True)
     batch = random_batch("vector", np.random.default_rng(0))
-    train_on(model, batch)
-    first = optimizer.param_groups[0]["params"][0]
-    optimizer.state[first].clear()
-    train_on(model, batch)
-    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+    for model in (plain, fast, unchanged):
+        train_on(model, batch)
+    for model in (plain, fast):
+        change(model)
+    for model in (plain, fast, unchanged):
+        train_on(model, batch)
+    assert largest_difference(plain, fast) < 1e-12
+    assert largest_difference(fast, unchanged) > 1e-6
+
+
+def test_both_paths_agree_when_a_frozen_layer_is_trained_again() -> None:
+    plain, fast = (make_model("vector", fast) for fast in (False, True))
+    batch = random_batch("vector", np.random.default_rng(0))
+    for requires_grad in (False, False, False, True, True):
+        for model in (plain, fast):
+            model.q_net.q_net[0].requires_grad_(requires_grad)
+            train_on(model, batch)
+    assert largest_difference(plain, fast) < 1e-12
+
+
+class Standardised(FlattenExtractor):
+    """An encoder without parameters to train, whose output depends on the whole batch and on the mode."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(5, affine=False)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.norm(super().forward(observations))
+        return features
+
+
+class Pretrained(FlattenExtractor):
+    """An encoder that somebody forgot to freeze, and runs without gradient."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.linear = nn.Linear(5, 5)
+
+    @th.no_grad()
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.linear(super().forward(observations))
+        return features
+
+
+@pytest.mark.parametrize("encoder", [Standardised, Pretrained])
+def test_both_paths_agree_behind_an_encoder_of_a_users_own(encoder: type[BaseFeaturesExtractor]) -> None:
+    policy_kwargs = {"features_extractor_class": encoder}
+    plain, fast = (make_model("vector", fast, th.float32, policy_kwargs=policy_kwargs) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    batches = [random_batch("vector", rng, th.float32) for _ in range(4)]
+    for batch in batches:
+        train_on(plain, batch)
+    together = [th.cat(values) for values in zip(*(batch[:5] for batch in batches), strict=True)]
+    fast._sample_batch = lambda _: ReplayBufferSamples(*together)  # type: ignore[method-assign]
+    fast.target_update_interval = plain.target_update_interval = 1_000
+    fast.train(gradient_steps=4, batch_size=BATCH_SIZE)
+    assert fast._fast_update is not None
+    assert largest_difference(plain, fast) < 1e-5
+    assert largest_difference(plain, make_model("vector", False, th.float32, policy_kwargs=policy_kwargs)) > 1e-4
+
+
+class Dueling(nn.Module):
+    """Q(s, a) = V(s) + A(s, a) − mean A(s, ·)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.advantage = nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        advantage = self.advantage(features)
+        q_values: th.Tensor = self.value(features) + advantage - advantage.mean(dim=1, keepdim=True)
+        return q_values
+
+
+class DuelingPolicy(LectureDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        q_net = super().make_q_net()
+        q_net.q_net = Dueling()  # type: ignore[assignment]
+        return q_net
+
+
+class NegativeHead(nn.Sequential):
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        return -super().forward(features)
+
+
+class NegativePolicy(LectureDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        q_net = super().make_q_net()
+        q_net.q_net = NegativeHead(*q_net.q_net)
+        return q_net
+
+
+@pytest.mark.parametrize("policy", [DuelingPolicy, NegativePolicy])
+def test_a_head_of_a_users_own_is_trained_and_acts_by_itself(policy: type[LectureDQNPolicy]) -> None:
+    model = LectureDQN(policy, "CartPole-v1", learning_starts=20, seed=0)
+    before = [parameter.clone() for parameter in model.q_net.parameters()]
+    model.learn(60)
+    assert model._fast_update is None
+    assert model._fast_acting is None
+    assert any(not th.equal(a, b) for a, b in zip(before, model.q_net.parameters(), strict=True))
+
+
+class OtherPolicyObject(nn.Module):
+    """What ``torch.compile`` makes of a policy: another module around it, with its attributes."""
+
+    def __init__(self, policy: LectureDQNPolicy) -> None:
+        super().__init__()
+        self._orig_mod = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+
+def test_a_policy_in_a_wrapper_like_that_of_torch_compile_is_trained() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, seed=0)
+    model.policy = OtherPolicyObject(model.policy)  # type: ignore[assignment]
+    model.learn(60)
+    assert model._n_updates == 40
+    assert model._fast_update is None
+
+
+def test_parameters_in_shared_memory_stay_there() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, seed=0).learn(60)
+    model.policy.share_memory()
+    model.learn(20, reset_num_timesteps=False)
+    assert all(parameter.is_shared() for parameter in model.policy.parameters())
+
+
+def test_training_with_automatic_mixed_precision_is_the_plain_path() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, seed=0)
+    with th.autocast("cpu", th.bfloat16):
+        model.learn(60)
+    assert model._n_updates == 40
+    assert model._fast_update is None
 
 
 @pytest.mark.parametrize("place", ["", "q_net", "q_net.0", "features_extractor", "features_extractor.flatten"])

@@ -1,5 +1,6 @@
 """Model files: the same predictions after loading, nothing lost by a failure, clear errors for bad files."""
 
+import importlib
 import io
 import json
 import subprocess
@@ -17,6 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.files import replace_when_written
+from sb3_lecture_dqn.policies import MlpPolicy
 
 OBSERVATIONS = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
@@ -184,6 +186,37 @@ def test_parameters_of_another_algorithm_are_refused_and_nothing_is_changed(trai
     with pytest.raises(ValueError, match=r"path must be a model of LectureDQN, got .*other with the policy DQNPolicy"):
         trained.set_parameters(str(tmp_path / "other"), exact_match=False)
     np.testing.assert_array_equal(q_values(trained), before)
+
+
+@pytest.fixture
+def of_a_lost_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model file whose policy class is in a module that is not there any more."""
+    source = "from sb3_lecture_dqn.policies import LectureDQNPolicy\nclass Lost(LectureDQNPolicy): ...\n"
+    (tmp_path / "lost_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    lost_class = importlib.import_module("lost_module").Lost
+    LectureDQN(lost_class, "CartPole-v1", policy_kwargs={"net_arch": [16]}, seed=3).save(tmp_path / "model.zip")
+    monkeypatch.delitem(sys.modules, "lost_module")
+    (tmp_path / "lost_module.py").unlink()
+    importlib.invalidate_caches()
+    return tmp_path / "model.zip"
+
+
+def test_a_policy_whose_class_is_gone_can_be_replaced(of_a_lost_class: Path) -> None:
+    with pytest.raises(ValueError, match=r'custom_objects give a "policy_class", got .*model\.zip: No module named'):
+        LectureDQN.load(of_a_lost_class)
+    loaded = LectureDQN.load(of_a_lost_class, custom_objects={"policy_class": MlpPolicy})
+    model = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16]})
+    model.set_parameters(str(of_a_lost_class))
+    np.testing.assert_array_equal(q_values(model), q_values(loaded))
+
+
+def test_a_model_saved_through_a_link_is_where_the_link_points(trained: LectureDQN, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model.zip").symlink_to(tmp_path / "elsewhere" / "real.zip")
+    trained.save(tmp_path / "model.zip")
+    assert (tmp_path / "model.zip").is_symlink()
+    np.testing.assert_array_equal(q_values(LectureDQN.load(tmp_path / "elsewhere" / "real.zip")), q_values(trained))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
