@@ -119,9 +119,11 @@ class DivergenceWatch:
 
 def _explain_metric(model: Any, name: str, mean: float) -> str:
     since = max(model._n_updates - model.metrics_interval, 0)
+    # a buffer that stores each observation once drops the last one of an episode
+    exclusion = "" if model.optimize_memory_usage else "rewards and observations are finite, so "
     return (
         f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between {since} "
-        f"and {model._n_updates}; rewards and observations are finite, so the usual cause is {_LOSS_CAUSES}"
+        f"and {model._n_updates}; {exclusion}the usual cause is {_LOSS_CAUSES}"
     )
 
 

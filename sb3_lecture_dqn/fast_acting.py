@@ -41,6 +41,7 @@ class FastActing:
     def __init__(self, policy: LectureDQNPolicy, head: Head) -> None:
         self.policy, self.head = policy, head
         self.takes_vectors = _takes_vectors(policy.q_net)
+        self.has_trained_encoder = any(True for _ in policy.q_net.features_extractor.parameters())
         self.parameters = list(policy.q_net.q_net.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
@@ -106,10 +107,13 @@ class FastActing:
     @th.no_grad()
     def _encoded_greedy_actions(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         self.policy.set_training_mode(False)
-        features = self.policy.q_net.extract_features(_to_tensors(observations), self.policy.q_net.features_extractor)
-        if len(features) == 1:
-            return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
-        actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
+        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        # an encoder with parameters may use each of them many times
+        with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
+            features = self.policy.q_net.extract_features(_to_tensors(observations), self.policy.q_net.features_extractor)
+            if len(features) == 1:
+                return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
+            actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
         return actions
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:

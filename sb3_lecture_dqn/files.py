@@ -45,6 +45,9 @@ def replace_when_written(target: Path) -> Iterator[Path]:
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # the system's error of a full disk names none
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

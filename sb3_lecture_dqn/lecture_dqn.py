@@ -56,6 +56,7 @@ from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.threads import threads_for
 from sb3_lecture_dqn.validation import (
+    NUMERIC_ARGUMENTS,
     check_above_zero,
     check_action_space,
     check_at_least,
@@ -114,6 +115,10 @@ def squared_td_error(q_values: th.Tensor, targets: th.Tensor) -> th.Tensor:
     :return: The loss, a scalar
     """
     return (q_values - targets).square().mean()
+
+
+def _with_ending(path: str | Path, ending: str) -> Path:
+    return Path(path) if Path(path).suffix else Path(f"{path}{ending}")
 
 
 # --- The algorithm --------------------------------------------------------------------------------------------------------
@@ -296,16 +301,16 @@ class LectureDQN(OffPolicyAlgorithm):
             check_in_unit_interval(name, getattr(self, name))
         check_int_at_least("gradient_steps", self.gradient_steps, -1)
         check_int_at_least("stats_window_size", self._stats_window_size, 1)
-        # numpy's integers are not enough for PyTorch and for Python's deque
-        for name in ("buffer_size", "batch_size", "n_steps", "target_update_interval", "gradient_steps", "_stats_window_size"):
-            setattr(self, name, int(getattr(self, name)))
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
-            self.learning_rate = float(self.learning_rate)
         if self.max_grad_norm is not None:
             check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
-        check_train_freq(self.train_freq)
+        # numpy's numbers are not enough for PyTorch, for Python's deque and for JSON
+        for name in (*NUMERIC_ARGUMENTS, "learning_rate", "_stats_window_size"):
+            value = getattr(self, name)
+            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        self.train_freq = check_train_freq(self.train_freq)
 
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
@@ -601,8 +606,12 @@ class LectureDQN(OffPolicyAlgorithm):
         :param reset_num_timesteps: Whether steps are counted from 0 again
         :param progress_bar: Whether to show a progress bar
         :return: The trained model
+        :raises DivergenceError: if training has diverged
         """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        self._record_training_metrics()
+        self.check_divergence()
+        return self
 
     # Files
 
@@ -622,12 +631,21 @@ class LectureDQN(OffPolicyAlgorithm):
         if not isinstance(path, (str, Path)):
             super().save(path, exclude, include)
             return
-        target = Path(path)
-        if target.suffix == "":
-            target = target.with_name(f"{target.name}.zip")
-        with replace_when_written(target) as unfinished:
+        with replace_when_written(_with_ending(path, ".zip")) as unfinished:
             super().save(unfinished, exclude, include)
             add_checksums(unfinished)
+
+    def save_replay_buffer(self, path: str | Path | io.BufferedIOBase) -> None:
+        """
+        Save D; a failure leaves a file that was there before as it was.
+
+        :param path: The file (``.pkl`` is added to a name without an ending), or a file-like object
+        """
+        if not isinstance(path, (str, Path)):
+            super().save_replay_buffer(path)
+            return
+        with replace_when_written(_with_ending(path, ".pkl")) as unfinished:
+            super().save_replay_buffer(unfinished)
 
     @classmethod
     def load(

@@ -23,7 +23,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_lecture_dqn.validation import check_at_least, check_net_arch
+from sb3_lecture_dqn.validation import check_activation, check_at_least, check_net_arch, in_one_line
 
 #: L6: "2 layer MLP with hidden size of 256 is sufficient for standard benchmarks".
 LECTURE_NET_ARCH = (256, 256)
@@ -68,16 +68,17 @@ class QNetwork(BasePolicy):
             features_extractor=features_extractor,
             normalize_images=normalize_images,
         )
-        self.net_arch = list(LECTURE_NET_ARCH) if net_arch is None else net_arch
+        self.net_arch = check_net_arch(LECTURE_NET_ARCH if net_arch is None else net_arch)
         self.activation_fn = activation_fn
         self.features_dim = features_dim
         self.layer_norm = layer_norm
         self.final_layer_std = final_layer_std
 
+        check_activation(activation_fn)
         layers = create_mlp(
             features_dim,
             int(action_space.n),
-            check_net_arch(self.net_arch),
+            self.net_arch,
             activation_fn,
             post_linear_modules=[nn.LayerNorm] if layer_norm else None,
         )
@@ -164,7 +165,7 @@ class LectureDQNPolicy(BasePolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
-        self.net_arch = list(LECTURE_NET_ARCH) if net_arch is None else net_arch
+        self.net_arch = check_net_arch(LECTURE_NET_ARCH if net_arch is None else net_arch)
         self.activation_fn = activation_fn
         self.layer_norm = layer_norm
         self.final_layer_std = final_layer_std
@@ -208,9 +209,8 @@ class LectureDQNPolicy(BasePolicy):
             encoder = self.features_extractor_class
             if isinstance(error, AttributeError) and not encoder.__module__.startswith("stable_baselines3."):
                 raise  # a mistake in an encoder of a user's own
-            raise ValueError(
-                f"env must have observations that {encoder.__name__} can take, got {self.observation_space}: {error}"
-            ) from error
+            got = in_one_line(f"{self.observation_space}: {error}")
+            raise ValueError(f"env must have observations that {encoder.__name__} can take, got {got}") from error
         return QNetwork(**net_args).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:

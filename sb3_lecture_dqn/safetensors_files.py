@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MultiInputPolicy
-from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, in_one_line
 
 FORMAT_VERSION = 1
 #: What a file may name: a name is looked up here and nowhere else.
@@ -37,6 +38,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 EXTRACTORS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (FlattenExtractor, NatureCNN, CombinedExtractor)}
 #: Arguments of the constructor that JSON can write as they are.
 PLAIN_ARGUMENTS = (*NUMERIC_ARGUMENTS, "optimize_memory_usage")
+OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
+    cls.__name__: cls for cls in (th.optim.Adam, th.optim.AdamW, th.optim.SGD, th.optim.RMSprop)
+}
+#: What ``lin_0.001`` in a hyperparameter file becomes: a line from its ``initial_value`` to 0.
+ZOOS_SCHEDULE = "rl_zoo3.utils.SimpleLinearSchedule"
 _HEADER = "sb3_lecture_dqn"
 
 
@@ -47,7 +53,9 @@ def save_safetensors(model: LectureDQN, path: str | Path) -> None:
     :param model: The model
     :param path: The file, whose name should end in ``.safetensors``
     :raises ValueError: if the model has a part that such a file cannot name: a policy, a features extractor or an activation
-        function of a user's own, or a space other than Box, Discrete, MultiDiscrete, MultiBinary and Dict of these
+        function of a user's own, another optimizer or schedule, or a space other than Box, Discrete, MultiDiscrete,
+        MultiBinary and Dict of these
+    :raises OSError: if the file cannot be written
     """
     policy = model.policy
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in policy.state_dict().items()}
@@ -59,14 +67,17 @@ def save_safetensors(model: LectureDQN, path: str | Path) -> None:
         "action_space": _describe_space(model.action_space),
         "learning_rate": _describe_schedule(model.learning_rate),
         "train_freq": [model.train_freq.frequency, model.train_freq.unit.value],  # type: ignore[union-attr]
-        "numbers": {name: _plain_number(getattr(model, name)) for name in PLAIN_ARGUMENTS},
+        "numbers": {name: getattr(model, name) for name in PLAIN_ARGUMENTS},
         "handle_timeout_termination": model.replay_buffer_kwargs.get("handle_timeout_termination", False),
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
     }
     header = {_HEADER: json.dumps(description), "sha256": _sha256(tensors, json.dumps(description))}
-    with replace_when_written(Path(path)) as unfinished:
-        save_file(tensors, unfinished, metadata=header)
+    try:
+        with replace_when_written(Path(path)) as unfinished:
+            save_file(tensors, unfinished, metadata=header)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load_safetensors(path: str | Path, env: GymEnv | None = None, device: th.device | str = "auto") -> LectureDQN:
@@ -87,17 +98,28 @@ def load_safetensors(path: str | Path, env: GymEnv | None = None, device: th.dev
         if header["sha256"] != _sha256(tensors, header[_HEADER]):
             raise ValueError("its checksum is another")
         description = json.loads(header[_HEADER])
-        model = _build(description, env, device)
+        model = _build(description, device)
         model.policy.load_state_dict(tensors)
     except FileNotFoundError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ValueError(f"path must be a whole file of save_safetensors, got {path}: {error}") from error
     model.num_timesteps, model._n_updates = description["num_timesteps"], description["n_updates"]
+    model.env = None if env is None else _check_env(env, model)
+    model.n_envs = 1 if model.env is None else model.env.num_envs
     return model
 
 
-def _build(description: dict[str, Any], env: GymEnv | None, device: th.device | str) -> LectureDQN:
+def _check_env(env: GymEnv, model: LectureDQN) -> VecEnv:
+    vec_env = model._wrap_env(env, model.verbose)
+    if (vec_env.observation_space, vec_env.action_space) != (model.observation_space, model.action_space):
+        spaces_of_env = in_one_line(f"{vec_env.observation_space} and {vec_env.action_space}")
+        spaces_of_model = in_one_line(f"{model.observation_space} and {model.action_space}")
+        raise ValueError(f"env must have the spaces {spaces_of_model}, got {spaces_of_env}")
+    return vec_env
+
+
+def _build(description: dict[str, Any], device: th.device | str) -> LectureDQN:
     if description["format"] != FORMAT_VERSION:
         raise ValueError(f"it has the format {description['format']}, this version reads {FORMAT_VERSION}")
     observation_space = _build_space(description["observation_space"])
@@ -105,10 +127,11 @@ def _build(description: dict[str, Any], env: GymEnv | None, device: th.device | 
     policy_kwargs = dict(description["policy_kwargs"])
     policy_kwargs["activation_fn"] = ACTIVATIONS[policy_kwargs["activation_fn"]]
     policy_kwargs["features_extractor_class"] = EXTRACTORS[policy_kwargs["features_extractor_class"]]
+    policy_kwargs["optimizer_class"] = OPTIMIZERS[policy_kwargs.get("optimizer_class", "Adam")]
     number, unit = description["train_freq"]
-    model = LectureDQN(
+    return LectureDQN(
         POLICIES[description["policy"]],
-        _OnlySpaces(observation_space, action_space) if env is None else env,
+        _OnlySpaces(observation_space, action_space),
         learning_rate=_build_schedule(description["learning_rate"]),
         train_freq=(int(number), unit),
         replay_buffer_kwargs={"handle_timeout_termination": description.get("handle_timeout_termination", False)},
@@ -116,15 +139,10 @@ def _build(description: dict[str, Any], env: GymEnv | None, device: th.device | 
         device=device,
         **{name: description["numbers"][name] for name in PLAIN_ARGUMENTS},
     )
-    if (model.observation_space, model.action_space) != (observation_space, action_space):
-        raise ValueError(f"env must have the spaces {observation_space} and {action_space}")
-    if env is None:
-        model.env = None
-    return model
 
 
 class _OnlySpaces(gymnasium.Env[Any, Any]):
-    """Stands in for an environment where there is none."""
+    """Stands in for the environment, whose parts may be in another order than those that the networks were trained on."""
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
         self.observation_space, self.action_space = observation_space, action_space
@@ -137,6 +155,8 @@ def _describe_policy(policy: LectureDQNPolicy) -> dict[str, Any]:
         "features_extractor_class": _name_of(policy.features_extractor_class, EXTRACTORS, "features_extractor_class"),
         "features_extractor_kwargs": _check_numbers(policy.features_extractor_kwargs, "features_extractor_kwargs"),
         "normalize_images": policy.normalize_images,
+        "optimizer_class": _name_of(policy.optimizer_class, OPTIMIZERS, "optimizer_class"),
+        "optimizer_kwargs": _check_numbers(policy.optimizer_kwargs, "optimizer_kwargs"),
         "layer_norm": policy.layer_norm,
         "final_layer_std": policy.final_layer_std,
     }
@@ -149,15 +169,13 @@ def _name_of(cls: Any, known: dict[str, type[Any]], argument: str) -> str:
     return name
 
 
-def _plain_number(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _check_numbers(values: dict[str, Any], argument: str) -> dict[str, Any]:
-    for name, value in values.items():
-        if not isinstance(value, (int, float, bool, type(None))):
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    for name, value in plain.items():
+        numbers = value if isinstance(value, (tuple, list)) else [value]
+        if not all(isinstance(number, (int, float, bool, type(None))) for number in numbers):
             raise ValueError(f"{argument} must be numbers to be saved without code, got {name}={value!r}")
-    return values
+    return plain
 
 
 def _describe_schedule(schedule: Any) -> list[float] | float:
@@ -167,6 +185,8 @@ def _describe_schedule(schedule: Any) -> list[float] | float:
         return [schedule.start, schedule.end, schedule.end_fraction]
     if isinstance(schedule, ConstantSchedule):
         schedule = schedule.val
+    if f"{type(schedule).__module__}.{type(schedule).__name__}" == ZOOS_SCHEDULE:
+        return [schedule.initial_value, 0.0, 1.0]
     if not isinstance(schedule, (int, float)):
         raise ValueError(f"learning_rate must be a number or a LinearSchedule to be saved without code, got {schedule!r}")
     return float(schedule)
@@ -221,7 +241,8 @@ def _build_space(description: dict[str, Any]) -> spaces.Space[Any]:
     if kind == "MultiBinary":
         return spaces.MultiBinary(description["n"])
     if kind == "Dict":
-        return spaces.Dict({name: _build_space(item) for name, item in description["spaces"].items()})
+        # pairs, because Gymnasium sorts a dictionary, and the encoder takes the parts in their order
+        return spaces.Dict([(name, _build_space(item)) for name, item in description["spaces"].items()])
     raise ValueError(f"it names the unknown space {kind!r}")
 
 

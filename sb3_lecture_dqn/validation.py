@@ -63,11 +63,12 @@ def check_int_at_least(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
-def check_train_freq(train_freq: Any) -> None:
+def check_train_freq(train_freq: Any) -> tuple[int, Any]:
     """
     Check how often to train.
 
     :param train_freq: What the user passed, or SB3's ``TrainFreq`` of a loaded model
+    :return: The number and the unit
     :raises ValueError: if it is neither an integer of at least 1, nor a tuple of such a number and a unit
     """
     is_pair = isinstance(train_freq, tuple) and len(train_freq) == 2
@@ -77,6 +78,7 @@ def check_train_freq(train_freq: Any) -> None:
             'train_freq must be an integer of at least 1, or a tuple of it and "step" or "episode", like (2, "episode"), got '
             f"{train_freq!r}"
         )
+    return int(frequency), unit
 
 
 def check_in_unit_interval(name: str, value: Any) -> None:
@@ -105,6 +107,27 @@ def check_net_arch(net_arch: Any) -> list[int]:
     return [int(size) for size in net_arch]
 
 
+def in_one_line(value: Any) -> str:
+    """
+    A value as an error shows it.
+
+    :param value: For instance a space with long bounds, which numpy breaks into lines
+    :return: Its text without line breaks
+    """
+    return " ".join(str(value).split())
+
+
+def check_activation(activation_fn: Any) -> None:
+    """
+    Check what makes the activations of the hidden layers.
+
+    :param activation_fn: What the user passed
+    :raises ValueError: if it is no class, and nothing else that can be called to make a layer
+    """
+    if not callable(activation_fn):
+        raise ValueError(f"activation_fn must be a class of layers like torch.nn.LeakyReLU, got {activation_fn!r}")
+
+
 def check_action_space(action_space: spaces.Space[Any]) -> None:
     """
     Check that the actions are those of a DQN: a finite set, numbered from 0.
@@ -113,8 +136,7 @@ def check_action_space(action_space: spaces.Space[Any]) -> None:
     :raises AssertionError: if it is anything else; SB3's DQN raises this type, and code written for it expects that
     """
     if not isinstance(action_space, spaces.Discrete) or action_space.start != 0:
-        shown = " ".join(str(action_space).split())  # numpy breaks long arrays into lines
-        raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {shown}")
+        raise AssertionError(f"env must have an action space Discrete(n) that starts at 0, got {in_one_line(action_space)}")
 
 
 def check_observation_space(observation_space: spaces.Space[Any]) -> None:
@@ -131,7 +153,7 @@ def check_observation_space(observation_space: spaces.Space[Any]) -> None:
         if not _is_known_space(part):
             raise ValueError(
                 "env must have an observation space that is a Box of at least one number, a Discrete or a one-dimensional "
-                f"MultiDiscrete that starts at 0, a MultiBinary, or a Dict of these, got {observation_space}"
+                f"MultiDiscrete that starts at 0, a MultiBinary, or a Dict of these, got {in_one_line(observation_space)}"
             )
     if not parts:
         raise ValueError(f"env must have an observation space with something in it, got {observation_space}")

@@ -72,6 +72,7 @@ def test_adam_and_the_norm_of_the_gradient_are_one_operation_each() -> None:
 def test_acting_in_one_environment_needs_nothing_of_pytorch() -> None:
     model = trained_model()
     model.exploration_rate = 0.0
+    model._is_collecting = True
     assert operations_of(lambda: model._sample_action(0, None, 1)).total() == 0
 
 

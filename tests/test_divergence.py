@@ -116,6 +116,24 @@ def test_an_exploding_q_is_told_from_a_large_one() -> None:
         model.learn(500, reset_num_timesteps=False)
 
 
+def test_numbers_that_go_wrong_in_the_last_steps_are_noticed() -> None:
+    model = make_model(PoisonedEnv())
+    with pytest.raises(DivergenceError, match=r"not finite|is nan"):
+        model.learn(600, callback=BreakNetwork(596))
+
+
+def test_a_large_q_that_was_trained_on_rewards_of_the_past_is_no_explosion(tmp_path: Path) -> None:
+    model = make_model(PoisonedEnv(reward=0.0, poisoned_from=0), gamma=0.9)
+    with th.no_grad():
+        model.q_net.q_net[-1].bias += 5e3
+        model.q_net_target.q_net[-1].bias += 5e3
+    model.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", env=PoisonedEnv(reward=0.0, poisoned_from=0))
+    loaded.learn(400, reset_num_timesteps=False)
+    with pytest.raises(DivergenceError, match="Q explodes"):
+        model.learn(400)
+
+
 def test_a_diverged_network_does_not_push_out_the_last_good_checkpoint(tmp_path: Path) -> None:
     model = make_model(PoisonedEnv())
     callbacks = [ResumableCheckpointCallback(100, tmp_path, keep_last=1), BreakNetwork(590)]

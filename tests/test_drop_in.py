@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import DQN, HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import (
     CheckpointCallback,
     EvalCallback,
@@ -22,7 +22,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
+from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -173,6 +175,57 @@ def test_a_model_with_n_step_returns_is_loaded_without_a_warning_and_keeps_them(
     assert (loaded.replay_buffer.n_steps, loaded.replay_buffer.gamma) == (4, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "buffer_class"), [({"n_steps": 3}, NStepReplayBuffer), ({"optimize_memory_usage": True}, ReplayBuffer)]
+)
+def test_a_loaded_model_takes_the_buffer_that_its_new_arguments_ask_for(
+    changes: dict[str, Any], buffer_class: type[ReplayBuffer], tmp_path: Path
+) -> None:
+    LectureDQN("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", env=gymnasium.make("CartPole-v1"), **changes).learn(60)
+    assert type(loaded.replay_buffer) is buffer_class
+    assert loaded._n_updates > 0
+
+
+def test_what_reset_returns_is_no_observation() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", **SMALL)
+    model.exploration_rate = 0.5
+    with pytest.raises(ValueError, match="passed a tuple to the predict"):
+        model.predict(gymnasium.make("CartPole-v1").reset())  # type: ignore[arg-type]
+
+
+class Sequences(BaseFeaturesExtractor):
+    """Treats each row of an observation by itself, as encoders of sequences and sets do."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=6)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.linear(observations.view(-1, 4)).view(-1, 6)
+        return features
+
+
+def test_an_encoder_may_view_the_batch_in_another_shape() -> None:
+    class RowsEnv(gymnasium.Env[Any, int]):
+        observation_space, action_space = spaces.Box(0, 1, (3, 4), np.float32), spaces.Discrete(2)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            return np.zeros((3, 4), np.float32), {}
+
+        def step(self, action: int) -> Any:
+            return np.ones((3, 4), np.float32), 1.0, False, False, {}
+
+    settings = {**SMALL, "policy_kwargs": {"features_extractor_class": Sequences}}
+    model = LectureDQN("MlpPolicy", RowsEnv(), **settings).learn(60)
+    assert model._n_updates > 0
+
+
+def test_what_is_no_gymnasium_environment_gets_sb3s_answer() -> None:
+    with pytest.raises(ValueError, match="not a Gymnasium environment"):
+        LectureDQN("MlpPolicy", object(), **SMALL)  # type: ignore[arg-type]
+
+
 def test_n_steps_beside_a_replay_buffer_of_the_users_own_warn_as_in_sb3() -> None:
     class OwnBuffer(NStepReplayBuffer):
         pass
@@ -181,7 +234,7 @@ def test_n_steps_beside_a_replay_buffer_of_the_users_own_warn_as_in_sb3() -> Non
         LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_class=OwnBuffer, **SMALL)
 
 
-@pytest.mark.parametrize("train_freq", [1, 4, (4, "step"), (1, "episode")])
+@pytest.mark.parametrize("train_freq", [1, 4, np.int64(4), (4, "step"), (1, "episode")])
 def test_train_freq_in_steps_and_episodes(train_freq: Any) -> None:
     model = LectureDQN("MlpPolicy", "CartPole-v1", train_freq=train_freq, gradient_steps=2, **SMALL).learn(100)
     assert model._n_updates > 0

@@ -235,6 +235,7 @@ def test_what_is_exchanged_in_the_policy_acts(exchange: Any) -> None:
     model = encoding_model_of("float32 vector", n_envs=1, encoder=None).learn(8)
     exchange(model)
     model.learn(8, reset_num_timesteps=False)
+    model._is_collecting = True
     for _ in range(50):
         model._last_obs = model.env.reset()  # type: ignore[union-attr, assignment]
         assert model._fast_acting is not None

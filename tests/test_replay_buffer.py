@@ -90,6 +90,19 @@ def test_a_buffer_class_of_the_users_own_may_lack_the_timeout_switch() -> None:
     assert model._n_updates > 0
 
 
+def test_a_buffer_of_the_users_own_is_made_once_with_the_size_that_was_asked_for() -> None:
+    sizes: list[int] = []
+
+    class OwnBuffer(ReplayBuffer):
+        def __init__(self, buffer_size: int, *args: Any, **kwargs: Any) -> None:
+            sizes.append(buffer_size)
+            super().__init__(buffer_size, *args, **kwargs)
+
+    model = LectureDQN("MlpPolicy", "CartPole-v1", buffer_size=500, replay_buffer_class=OwnBuffer, learning_starts=10)
+    assert type(model.learn(40).replay_buffer) is OwnBuffer
+    assert sizes == [500]
+
+
 def test_wrong_buffer_arguments_are_reported_at_construction() -> None:
     with pytest.raises(ValueError, match="optimize_memory_usage"):
         LectureDQN(

@@ -246,7 +246,7 @@ def test_a_step_after_the_end_warns() -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        *(("mass", value) for value in (0, -1, np.nan, np.inf, "10", None)),
+        *(("mass", value) for value in (0, -1, 1e-309, np.nan, np.inf, "10", None)),
         *(("wheel_torque", value) for value in (0, -1, np.nan, 0.1)),
         *(("friction", value) for value in (-1, np.nan)),
         *(("sensor_noise", value) for value in (-0.1, np.nan, np.inf)),
@@ -256,6 +256,15 @@ def test_a_step_after_the_end_warns() -> None:
 def test_a_bad_argument_is_named(environment: type, argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{argument} must be .*got "):
         environment(**{argument: value})
+
+
+def test_float32_arguments_make_the_same_robot_in_float64() -> None:
+    arguments = {"mass": np.float32(10.3), "wheel_torque": np.float32(1.1), "friction": np.float32(0.7)}
+    expected = step_from((2, 2, 0, 0), RIGHT, **{name: float(value) for name, value in arguments.items()})
+    np.testing.assert_array_equal(step_from((2, 2, 0, 0), RIGHT, **arguments)[0], expected[0])
+    assert step_from((2, 2, 0, 0), RIGHT, **arguments)[1] == expected[1]
+    with pytest.raises(ValueError, match=r"^actions must be an array of 40 integers in 0..3, got array\(.*\)$"):
+        RoboParkingVectorEnv(40).step(np.full(40, 7.123456))
 
 
 def test_the_torque_must_overcome_the_friction() -> None:

@@ -1,5 +1,6 @@
 """Model files: the same predictions after loading, nothing lost by a failure, clear errors for bad files."""
 
+import errno
 import importlib
 import io
 import json
@@ -209,6 +210,20 @@ def test_a_policy_whose_class_is_gone_can_be_replaced(of_a_lost_class: Path) -> 
     model = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16]})
     model.set_parameters(str(of_a_lost_class))
     np.testing.assert_array_equal(q_values(model), q_values(loaded))
+
+
+def test_a_failed_save_of_the_buffer_leaves_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", buffer_size=100, learning_starts=1_000).learn(50)
+    model.save_replay_buffer(tmp_path / "buffer")
+    before = (tmp_path / "buffer.pkl").read_bytes()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("stable_baselines3.common.save_util.pickle.dump", fail)
+    with pytest.raises(OSError, match=r"No space left on device: .*buffer\.pkl"):
+        model.save_replay_buffer(tmp_path / "buffer")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("buffer.pkl", before)]
 
 
 def test_a_model_saved_through_a_link_is_where_the_link_points(trained: LectureDQN, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -56,7 +57,6 @@ def test_only_discrete_actions_from_zero_are_taken(action_space: spaces.Space[An
         ("learning_rate", float("inf"), "a number of at least 0"),
         ("max_grad_norm", -1.0, "a number above 0"),
         ("max_grad_norm", 0.0, "a number above 0"),
-        ("train_freq", 0, "an integer of at least 1"),
         ("gradient_steps", -2, "an integer of at least -1"),
     ],
 )
@@ -65,10 +65,33 @@ def test_values_out_of_range_are_named(argument: str, value: Any, allowed: str) 
         LectureDQN("MlpPolicy", "CartPole-v1", **{argument: value})
 
 
+@pytest.mark.parametrize("train_freq", [0, 2.5, "4", True, (0, "step"), (4,), (4, "second"), [4, "step"], (-1, "episode")])
+def test_a_training_frequency_out_of_range_is_named(train_freq: Any) -> None:
+    message = f"train_freq must be an integer of at least 1, or a tuple of it and .*, got {re.escape(repr(train_freq))}$"
+    with pytest.raises(ValueError, match=message):
+        LectureDQN("MlpPolicy", "CartPole-v1", train_freq=train_freq)
+
+
 @pytest.mark.parametrize("net_arch", [[256, 0], [-1], [2.5], "256", 256, {"pi": [64]}])
 def test_layer_sizes_below_one_are_named(net_arch: Any) -> None:
     with pytest.raises(ValueError, match=r"^net_arch must be a list of integers of at least 1, got "):
         LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": net_arch})
+
+
+def test_an_activation_that_is_no_class_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^activation_fn must be a class of layers like torch\.nn\.LeakyReLU, got 'relu'$"):
+        LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"activation_fn": "relu"})
+
+
+class Misspelt(FlattenExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.n = observation_space.shapes  # type: ignore[attr-defined]
+
+
+def test_a_mistake_in_an_encoder_of_a_users_own_is_shown_as_it_is() -> None:
+    with pytest.raises(AttributeError, match="shapes"):
+        LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"features_extractor_class": Misspelt})
 
 
 def test_an_empty_net_arch_makes_q_linear() -> None:

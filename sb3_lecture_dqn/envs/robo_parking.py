@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sb3_lecture_dqn.validation import check_above_zero, check_at_least, check_int_at_least
+from sb3_lecture_dqn.validation import check_above_zero, check_at_least, check_int_at_least, in_one_line
 
 if TYPE_CHECKING:
     from sb3_lecture_dqn.envs.robo_parking_rendering import LotRenderer
@@ -90,14 +90,17 @@ def pushes_and_drag(mass: float, wheel_torque: float, friction: float) -> tuple[
     check_above_zero("mass", mass)
     check_above_zero("wheel_torque", wheel_torque)
     check_at_least("friction", friction, 0)
+    mass, wheel_torque, friction = float(mass), float(wheel_torque), float(friction)  # the state is in float64
     force = wheel_torque / WHEEL_RADIUS
     if force <= friction:
         raise ValueError(
             f"wheel_torque must be above friction * {WHEEL_RADIUS} = {friction * WHEEL_RADIUS:g} for the robot to move, "
             f"got {wheel_torque!r}"
         )
-    push = force / mass * TIME_STEP
-    return ((-push, 0.0), (push, 0.0), (0.0, push), (0.0, -push)), friction / mass * TIME_STEP
+    push, drag = force / mass * TIME_STEP, friction / mass * TIME_STEP
+    if not math.isfinite(push):
+        raise ValueError(f"mass must be large enough for the acceleration to be finite, got {mass!r}")
+    return ((-push, 0.0), (push, 0.0), (0.0, push), (0.0, -push)), drag
 
 
 def check_states(states: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -115,9 +118,9 @@ def check_states(states: Any, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
         array = np.empty(0)
     if array.shape not in shapes:
         allowed = " or ".join(str(shape) for shape in shapes)
-        raise ValueError(f"options['state'] must be numbers of shape {allowed}, got {states!r}")
+        raise ValueError(f"options['state'] must be numbers of shape {allowed}, got {in_one_line(repr(states))}")
     if not np.all((array >= STATE_LOW) & (array <= STATE_HIGH)):  # also refuses NaN
-        raise ValueError(f"options['state'] must lie between {STATE_LOW} and {STATE_HIGH}, got {states!r}")
+        raise ValueError(f"options['state'] must lie between {STATE_LOW} and {STATE_HIGH}, got {in_one_line(repr(states))}")
     return array + 0.0
 
 
@@ -470,7 +473,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         :raises gymnasium.error.ResetNeeded: before the first :meth:`reset`
         """
         if not self._are_actions(actions):
-            raise ValueError(f"actions must be an array of {self.num_envs} integers in 0..3, got {actions!r}")
+            raise ValueError(f"actions must be an array of {self.num_envs} integers in 0..3, got {in_one_line(repr(actions))}")
         if not self._is_reset:
             raise ResetNeeded("step() needs a state: call reset() first")
         position, velocity = roll(self._states[:2], self._states[2:], self._pushes.take(actions, axis=1), self._drag)
@@ -583,7 +586,8 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         mask = np.asarray(reset_mask)
         if mask.dtype != np.bool_ or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
-                f"options['reset_mask'] must be an array of {self.num_envs} bools with at least one True, got {reset_mask!r}"
+                f"options['reset_mask'] must be an array of {self.num_envs} bools with at least one True, got "
+                f"{in_one_line(repr(reset_mask))}"
             )
         if not self._is_reset and not mask.all():
             raise ResetNeeded("a reset_mask needs states to leave as they are: call reset() without it first")
