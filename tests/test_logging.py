@@ -35,7 +35,7 @@ def test_running_means_go_on_from_a_pickle() -> None:
 
 def test_a_metric_keeps_no_graph_alive() -> None:
     model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs={"activation_fn": th.nn.Tanh}, seed=0)
-    model.learn(60)
+    model.learn(60).train(4, 32)
     assert model._training_metrics._not_summed
     assert not any(value.requires_grad for _, values in model._training_metrics._not_summed for value in values())
 

@@ -210,6 +210,7 @@ def test_metrics_that_are_read_later_keep_no_observations(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ContiguousReplayBuffer, "_to_device", note)
     model = trained(monkeypatch, False, gradient_steps=6)
+    model.train(6, 32)
     assert model._training_metrics._not_summed
     assert len(drawn) > 50
     assert not any(reference() is not None for reference in drawn)
