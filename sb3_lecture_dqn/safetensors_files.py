@@ -105,18 +105,19 @@ def load_safetensors(path: str | Path, env: GymEnv | None = None, device: th.dev
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ValueError(f"path must be a whole file of save_safetensors, got {path}: {error}") from error
     model.num_timesteps, model._n_updates = description["num_timesteps"], description["n_updates"]
-    model.env = None if env is None else _check_env(env, model)
-    model.n_envs = 1 if model.env is None else model.env.num_envs
+    model.env = None
+    if env is not None:
+        _set_env(model, model._wrap_env(env, model.verbose))
     return model
 
 
-def _check_env(env: GymEnv, model: LectureDQN) -> VecEnv:
-    vec_env = model._wrap_env(env, model.verbose)
+def _set_env(model: LectureDQN, vec_env: VecEnv) -> None:
     if (vec_env.observation_space, vec_env.action_space) != (model.observation_space, model.action_space):
         spaces_of_env = in_one_line(f"{vec_env.observation_space} and {vec_env.action_space}")
         spaces_of_model = in_one_line(f"{model.observation_space} and {model.action_space}")
         raise ValueError(f"env must have the spaces {spaces_of_model}, got {spaces_of_env}")
-    return vec_env
+    model.n_envs = vec_env.num_envs
+    model.set_env(vec_env)
 
 
 def _build(description: dict[str, Any], device: th.device | str) -> LectureDQN:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, load_safetensors, save_safetensors
@@ -98,6 +100,16 @@ def test_it_goes_on_learning_in_an_environment(tmp_path: Path) -> None:
     loaded = load_safetensors(tmp_path / "model.safetensors", gymnasium.make("CartPole-v1"))
     assert (loaded.num_timesteps, loaded._n_updates) == (model.num_timesteps, model._n_updates)
     loaded.learn(50)
+
+
+def test_it_goes_on_in_several_normalised_environments(tmp_path: Path) -> None:
+    save_safetensors(LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20), tmp_path / "model.safetensors")
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2))
+    model = load_safetensors(tmp_path / "model.safetensors", env).learn(80)
+    assert model._n_updates > 0
+    assert model.get_vec_normalize_env() is env
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.n_envs == 2
 
 
 def test_loading_never_unpickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
