@@ -9,7 +9,6 @@ on exactly where it was.
 import pickle
 import platform
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_checkpoint,
 )
 from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
+from sb3_lecture_dqn.run_settings import check_same_run, in_words
 from sb3_lecture_dqn.training_state import (
     PARAMETERS_FILE,
     STATE_FILE,
@@ -158,17 +158,18 @@ class ResumableCheckpointCallback(BaseCallback):
         pickled = dump_state(run)
         writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
         writers[STATE_FILE] = lambda file: _write_all(file, pickled)
-        facts = {"settings": self._settings(), "versions": _versions()}
+        facts = {"settings": self._settings(state), "versions": _versions()}
         return write_checkpoint(self.folder, model.num_timesteps, writers, row_files, facts).path
 
-    def _settings(self) -> dict[str, str]:
-        settings = {name: _shown(getattr(self.model, name)) for name in SETTINGS}
-        return {**settings, "total_timesteps": str(self.model._total_timesteps)}
+    def _settings(self, state: TrainingState) -> dict[str, str]:
+        settings = {name: in_words(getattr(self.model, name)) for name in SETTINGS}
+        return {**settings, "total_timesteps": str(self.model._total_timesteps), **state.env_settings}
 
     # Resuming
 
     def _resume(self, checkpoint: Checkpoint, state: TrainingState) -> None:
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint.facts["settings"], self._settings(state), self.folder)
+        _warn_of_other_versions(checkpoint)
         model: Any = self.model
         saved = pickle.loads(checkpoint.file(STATE_FILE).read_bytes())
         restore_parameters(model, checkpoint.file(PARAMETERS_FILE))
@@ -199,22 +200,6 @@ class ResumableCheckpointCallback(BaseCallback):
         mark_last_rows_as_ends(model.replay_buffer)
         self._replay_buffer_files.forget()
 
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        settings = self._settings()
-        for name, saved in checkpoint.facts["settings"].items():
-            if settings[name] != saved:
-                raise ValueError(
-                    f"{name} must be {saved}, with which the run in {self.folder} was started, got {settings[name]}; another "
-                    "run needs another folder"
-                )
-        for name, saved in checkpoint.facts["versions"].items():
-            if _versions()[name] != saved:
-                warnings.warn(
-                    f"the checkpoint was made with {name} {saved} and this is {_versions()[name]}: the run goes on, but it "
-                    "may differ from the one that it would have been",
-                    stacklevel=2,
-                )
-
 
 def record_for_checkpoints(callback: MaybeCallback, vec_env: VecEnv | None) -> None:
     """
@@ -239,14 +224,15 @@ def _write_all(file: Any, content: bytes) -> None:
     file.write(content)
 
 
-def _shown(value: Any) -> str:
-    """A setting in words that are the same in every process."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_shown(item)}" for name, item in sorted(value.items())) + "}"
-    if isinstance(value, Iterable) and not isinstance(value, (str, gymnasium.Space)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    shown = repr(value)
-    return type(value).__name__ if " at 0x" in shown else shown
+def _warn_of_other_versions(checkpoint: Checkpoint) -> None:
+    versions = _versions()
+    for name, saved in checkpoint.facts["versions"].items():
+        if versions[name] != saved:
+            warnings.warn(
+                f"the checkpoint was made with {name} {saved} and this is {versions[name]}: the run goes on, but it may "
+                "differ from the one that it would have been",
+                stacklevel=2,
+            )
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
 from sb3_lecture_dqn.vec_env_state import (
+    describe_vec_env,
     insert_recorders,
     restore_vec_env_state,
     single_envs,
@@ -70,6 +71,8 @@ class TrainingState:
         self._vec_envs = self._find_vec_envs()
         for vec_env in self._vec_envs:
             insert_recorders(vec_env)
+        #: What the environments are, in words, by name.
+        self.env_settings = self._describe_vec_envs()
 
     def take(self) -> dict[str, Any]:
         """
@@ -146,6 +149,13 @@ class TrainingState:
             found += [value for value in vars(callback).values() if isinstance(value, VecEnv)]
         by_base = {id(vec_env.unwrapped): vec_env for vec_env in reversed(found)}
         return [vec_env for vec_env in dict.fromkeys(found) if by_base[id(vec_env.unwrapped)] is vec_env]
+
+    def _describe_vec_envs(self) -> dict[str, str]:
+        settings: dict[str, str] = {}
+        for index, vec_env in enumerate(self._vec_envs):
+            owner = f" {index} of the callbacks" if index else ""
+            settings.update({f"{name}{owner}": words for name, words in describe_vec_env(vec_env).items()})
+        return settings
 
     def _live_objects(self) -> LiveObjects:
         live, model = LiveObjects(), self._model

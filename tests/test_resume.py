@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.callbacks import OverestimationCallback
 from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.envs import GymVectorVecEnv
+from sb3_lecture_dqn.training_state import TrainingState
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
 
@@ -254,6 +257,83 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         run(lambda: small_model("CartPole-v1"), 300, tmp_path)
     with pytest.raises(ValueError, match="seed must be 3"):
         run(lambda: small_model("CartPole-v1", seed=4), 150, tmp_path)
+
+
+def windy_lander(**kwargs: Any) -> VecEnv:
+    return make_vec_env("LunarLander-v2", env_kwargs={"enable_wind": True, "wind_power": 5.0, **kwargs})
+
+
+def bit_flipping(env: Any = BitFlippingEnv) -> VecEnv:
+    return make_vec_env(env, env_kwargs={"n_bits": 4, "continuous": False})
+
+
+class OtherBitFlipping(BitFlippingEnv):
+    """Has the same spaces."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (windy_lander, lambda: windy_lander(wind_power=9.0), r"env kwargs must be \{.*wind_power: 5.0\}.*wind_power: 9.0\}"),
+        (
+            lambda: make_vec_env("CartPole-v0"),
+            lambda: make_vec_env("CartPole-v1"),
+            "env id must be CartPole-v0, .* CartPole-v1",
+        ),
+        (bit_flipping, lambda: bit_flipping(OtherBitFlipping), r"env must be .*\(BitFlippingEnv.*Monitor\(OtherBitFlipping"),
+        (windy_lander, lambda: VecNormalize(windy_lander()), r"env must be DummyVecEnv.*, got VecNormalize\(DummyVecEnv\("),
+        (lambda: VecNormalize(windy_lander()), windy_lander, r"env must be VecNormalize\(.*, got DummyVecEnv\("),
+        (
+            lambda: make_vec_env("CartPole-v1"),
+            lambda: make_vec_env("CartPole-v1", wrapper_class=ClipReward, wrapper_kwargs={"max_reward": 0.5}),
+            r"env must be .*\(1 x Monitor\(TimeLimit.*, got .*\(1 x ClipReward\(Monitor\(TimeLimit",
+        ),
+        (
+            lambda: GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2)),
+            lambda: GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2, mass=20.0)),
+            "env kwargs must be .*, got {.*mass: 20.0",
+        ),
+    ],
+    ids=["arguments", "id", "class", "VecNormalize added", "VecNormalize removed", "wrapper", "vector environment"],
+)
+def test_a_folder_with_a_run_of_another_environment_is_refused(
+    first: Callable[[], Any], second: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    policy = "MultiInputPolicy" if first is bit_flipping else "MlpPolicy"
+    run(lambda: small_model(first(), policy), 60, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        run(lambda: small_model(second(), policy), 60, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_in_another_environment_is_refused(tmp_path: Path) -> None:
+    def evaluated_run(wind_power: float) -> None:
+        evaluation = EvalCallback(windy_lander(wind_power=wind_power), eval_freq=1_000)
+        run(lambda: small_model("LunarLander-v2"), 60, tmp_path, evaluation)
+
+    evaluated_run(5.0)
+    with pytest.raises(ValueError, match=r"env kwargs 1 of the callbacks must be .*wind_power: 5.0.*, got .*wind_power: 9.0"):
+        evaluated_run(9.0)
+
+
+def test_a_checkpoint_that_does_not_say_what_the_environment_was_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> LectureDQN:
+        return small_model("CartPole-v1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "_describe_vec_envs", lambda _: {})
+        expected = run(build, 250, tmp_path)
+    assert differences(run(build, 250, tmp_path), expected) == []
+
+
+def test_how_an_environment_is_rendered_does_not_make_another_run(tmp_path: Path) -> None:
+    def build(render_mode: str | None) -> LectureDQN:
+        return small_model(gymnasium.make("CartPole-v1", render_mode=render_mode))
+
+    run(lambda: build(None), 60, tmp_path)
+    run(lambda: build("rgb_array"), 60, tmp_path)
 
 
 def test_a_finished_run_comes_to_the_same_end_again(tmp_path: Path) -> None:
