@@ -214,6 +214,16 @@ def file_sha256(path: Path) -> str:
 # --- Reading --------------------------------------------------------------------------------------------------------------
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """
+    Whether a folder holds checkpoints, be they whole or damaged.
+
+    :param folder: The folder of the checkpoints
+    :return: Whether it does
+    """
+    return bool(_checkpoint_paths(folder))
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """
     The newest whole checkpoint. A damaged one is named in a warning and set aside, and the one before it is used.
