@@ -16,6 +16,7 @@ import inspect
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -150,22 +151,33 @@ def _signature_with(function: Callable[..., Any], *parameters: str) -> inspect.S
 
 
 def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
-    signature = _signature_with(get_model_path, "folder", "algo")
+    signature = _signature_with(get_model_path, "exp_id", "folder", "algo", "env_name")
 
     @functools.wraps(get_model_path)
     def get_path(*args: Any, **kwargs: Any) -> Any:
-        try:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["algo"] != ALGORITHM:
             return get_model_path(*args, **kwargs)
+        try:
+            return get_model_path(**_skipping_runs_without_a_model(given))
         except (AssertionError, ValueError):
-            arguments = signature.bind(*args, **kwargs)
-            if arguments.arguments["algo"] != ALGORITHM or arguments.arguments["folder"] != AGENTS_FOLDER:
+            if given["folder"] != AGENTS_FOLDER:
                 raise
-            arguments.arguments["folder"] = LOGS_FOLDER
             with contextlib.suppress(AssertionError, ValueError):
-                return get_model_path(*arguments.args, **arguments.kwargs)
+                return get_model_path(**_skipping_runs_without_a_model({**given, "folder": LOGS_FOLDER}))
             raise
 
     return get_path
+
+
+def _skipping_runs_without_a_model(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``get_model_path``, where 0 no longer means a search or a run that ended before it had a model."""
+    if given["exp_id"] != 0:
+        return given
+    run_name = re.compile(rf"{re.escape(given['env_name'])}_(\d+)")
+    models = Path(given["folder"], ALGORITHM).glob("*/*.zip")
+    matches = [run_name.fullmatch(path.parent.name) for path in models]
+    return {**given, "exp_id": max((int(match[1]) for match in matches if match), default=0)}
 
 
 def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:

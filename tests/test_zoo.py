@@ -69,6 +69,25 @@ def test_enjoy_finds_the_newest_training_where_there_is_no_trained_agent(trained
     assert "Mean reward:" in result.stdout
 
 
+@pytest.mark.parametrize("folder", ["logs", "rl-trained-agents"])
+def test_the_newest_training_is_the_newest_with_a_model(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.register()
+    from rl_zoo3.utils import EnvironmentName, get_model_path
+
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "logs" / "lecture_dqn"
+    for name in ("CartPole-v1_9", "CartPole-v1_10", "CartPole-v1_11", "CartPole-v10_12", "Acrobot-v1_13"):
+        (runs / name).mkdir(parents=True)
+    for name in ("CartPole-v1_9/CartPole-v1.zip", "CartPole-v1_10/CartPole-v1.zip", "CartPole-v10_12/CartPole-v10.zip"):
+        (runs / name).touch()
+    assert get_model_path(0, folder, "lecture_dqn", EnvironmentName("CartPole-v1"))[2] == "logs/lecture_dqn/CartPole-v1_10"
+    with pytest.raises(ValueError, match=r"No model found for lecture_dqn on CartPole-v1, path: logs/.*CartPole-v1_11"):
+        get_model_path(11, "logs", "lecture_dqn", EnvironmentName("CartPole-v1"))
+    (runs / "CartPole-v1_11" / "best_model.zip").touch()  # a run with a model, though not with the one that is asked for
+    with pytest.raises(ValueError, match=r"No model found for lecture_dqn on CartPole-v1, path: logs/.*CartPole-v1_11"):
+        get_model_path(0, "logs", "lecture_dqn", EnvironmentName("CartPole-v1"))
+
+
 def test_an_agent_that_is_nowhere_is_looked_for_as_the_zoo_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.register()
     from rl_zoo3.utils import EnvironmentName, get_model_path
