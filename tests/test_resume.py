@@ -169,6 +169,30 @@ def test_gymnasiums_vector_environments_come_back(env_id: str, tmp_path: Path) -
     assert differences(expected, interrupted_run(build, 330, tmp_path / "run", 250)) == []
 
 
+class Photographer(BaseCallback):
+    """Takes pictures, as a recorder of videos does."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 20 == 0:
+            assert all(picture is not None for picture in self.training_env.get_images())
+        return True
+
+
+@pytest.mark.filterwarnings("error:.*not reproducible")
+@pytest.mark.parametrize("is_vectorized", [False, True])
+def test_robo_parking_comes_back_after_it_was_rendered(is_vectorized: bool, tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        if is_vectorized:
+            env = GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2, render_mode="rgb_array"))
+            return small_model(env)
+        return small_model(gymnasium.make("RoboParking-v0", render_mode="rgb_array"))
+
+    expected = run(build, 200, tmp_path / "reference")
+    with pytest.raises(Interruption):
+        run(build, 200, tmp_path / "run", Photographer(), InterruptAt(150))
+    assert differences(expected, run(build, 200, tmp_path / "run", Photographer(), InterruptAt(1_000))) == []
+
+
 def test_stacked_frames_are_continued(tmp_path: Path) -> None:
     def build() -> LectureDQN:
         return small_model(VecFrameStack(make_vec_env("CartPole-v1", n_envs=2, seed=5), 3))
