@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -182,8 +183,17 @@ def take_parameters(model: Any) -> bytes:
     :return: A file of PyTorch's
     """
     file = io.BytesIO()
-    th.save({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}, file)
+    th.save({"policy": model.policy.state_dict(), "optimizer": _plain(model.policy.optimizer.state_dict())}, file)
     return file.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's scalars, which PyTorch writes, and does not read again where it runs no code."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def restore_parameters(model: Any, path: Path) -> None:
@@ -225,6 +235,8 @@ def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterato
 def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
     """A callback's state. The paths that it was made with are not: a run may be continued in another place."""
     excluded = NOT_A_CALLBACKS_OWN | getattr(callback, "not_in_checkpoints", frozenset())
+    if isinstance(callback, ProgressBarCallback):
+        excluded |= {"pbar"}  # a part of the screen
     arguments = inspect.signature(type(callback)).parameters
     return {
         name: value

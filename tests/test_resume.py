@@ -123,6 +123,15 @@ def test_checkpoints_change_nothing_in_a_run(tmp_path: Path) -> None:
     assert differences(run(build, 400, None), run(build, 400, tmp_path)) == []
 
 
+def test_optimizer_settings_of_numpys_types_are_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        optimizer_kwargs = {"eps": np.float64(1e-5), "betas": (np.float64(0.5), np.float64(0.9)), "amsgrad": np.bool_(True)}
+        return small_model("CartPole-v1", policy_kwargs={"net_arch": [16], "optimizer_kwargs": optimizer_kwargs})
+
+    expected = run(build, 300, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 300, tmp_path / "run", 230)) == []
+
+
 @pytest.mark.parametrize("copy_info_dict", [False, True])
 def test_hindsight_experience_replay_is_continued(copy_info_dict: bool, tmp_path: Path) -> None:
     def build() -> LectureDQN:
@@ -271,6 +280,16 @@ def test_what_a_wrapper_cannot_give_is_named(tmp_path: Path) -> None:
     model = small_model(HoldsALock(make_vec_env("CartPole-v1")))
     with pytest.warns(UserWarning, match=r"a checkpoint cannot keep HoldsALock\.lock"):
         model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path))
+
+
+@pytest.mark.filterwarnings("error:a checkpoint cannot keep")
+def test_a_progress_bar_is_no_part_of_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm.rich")
+    expected = run(lambda: small_model("CartPole-v1"), 200, None)
+    for _ in range(2):  # the second continues the first
+        model = small_model("CartPole-v1")
+        model.learn(200, callback=ResumableCheckpointCallback(50, tmp_path), progress_bar=True)
+    assert differences(expected, model) == []
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
