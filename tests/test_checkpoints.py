@@ -19,6 +19,7 @@ from sb3_lecture_dqn import LectureDQN, checkpoint_files
 from sb3_lecture_dqn.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
+    UnreadableCheckpointError,
     keep_last,
     newest_checkpoint,
     read_checkpoint,
@@ -96,6 +97,53 @@ def test_a_folder_with_nothing_but_damage_is_an_error_and_not_a_new_run(tmp_path
         newest_checkpoint(tmp_path)
 
 
+def make_unreadable(path: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a checkpoint be of another format, or its disk fail."""
+    if reason == "format":
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
+            write(path.parent, int(path.name.partition("_")[2]))
+        return
+    open_file = Path.open
+
+    def failing_open(file: Path, *args: Any, **kwargs: Any) -> Any:
+        if path in file.parents:
+            raise OSError(getattr(errno, reason), os.strerror(getattr(errno, reason)), str(file))
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing_open)
+
+
+@pytest.mark.parametrize("reason", ["EIO", "ESTALE", "EACCES", "format"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    make_unreadable(tmp_path / "checkpoint_20", reason, monkeypatch)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint_20 (cannot be read|has the format 99).*; the checkpoint before it is used"
+    ):
+        checkpoint = newest_checkpoint(tmp_path)
+    keep_last(tmp_path, 3)
+    monkeypatch.undo()
+    assert checkpoint is not None
+    assert checkpoint.num_timesteps == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_10", "checkpoint_20"]
+
+
+@pytest.mark.filterwarnings("ignore:.*the checkpoint before it is used")
+def test_a_folder_of_which_nothing_can_be_read_is_an_error_and_not_a_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 10)
+    make_unreadable(tmp_path / "checkpoint_10", "EIO", monkeypatch)
+    with pytest.raises(
+        UnreadableCheckpointError, match=r"holds no checkpoint that can be read: .*checkpoint_10 cannot be read"
+    ):
+        newest_checkpoint(tmp_path)
+
+
 def test_files_of_two_checkpoints_cannot_be_swapped(tmp_path: Path) -> None:
     write(tmp_path, 10, b"first")
     write(tmp_path, 20, b"other")
@@ -108,7 +156,7 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
     write(tmp_path, 10)
     monkeypatch.undo()
-    with pytest.raises(DamagedCheckpointError, match="has the format 99, this version reads 1"):
+    with pytest.raises(UnreadableCheckpointError, match="has the format 99, this version reads 1"):
         read_checkpoint(tmp_path / "checkpoint_10")
 
 
