@@ -6,6 +6,7 @@ There, the callback below saves; and there, in a run that was started again, it 
 on exactly where it was.
 """
 
+import errno
 import pickle
 import platform
 import warnings
@@ -41,6 +42,8 @@ from sb3_lecture_dqn.training_state import (
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
 from sb3_lecture_dqn.vec_env_state import insert_recorders
 
+#: Errors that may pass while a run goes on.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 REPLAY_BUFFER_FILE = "replay_buffer.pkl"
 #: What has to be the same in the run that goes on; otherwise it would be another run.
 SETTINGS = (
@@ -74,7 +77,8 @@ class ResumableCheckpointCallback(BaseCallback):
     ``docs/resume.md``.
 
     Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
-    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay.
+    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay. If it
+    does not take the first one, and is not full, that is an error.
 
     Loading a checkpoint unpickles: use only folders that you trust.
 
@@ -83,7 +87,8 @@ class ResumableCheckpointCallback(BaseCallback):
     :param keep_last: How many checkpoints are kept, at least 1
     :param verbose: 0 for no output, 1 for a line at each checkpoint
     :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
-        settings, another number of steps) or nothing but damaged checkpoints, or this callback is within another one
+        settings, another environment, another number of steps) or no checkpoint that can be read, or cannot be written to, or
+        this callback is within another one
     """
 
     #: Attributes that the resumed run has of its own.
@@ -113,7 +118,7 @@ class ResumableCheckpointCallback(BaseCallback):
             if checkpoint is not None:
                 self._resume(checkpoint, self._state)
                 return
-            self._save(self._state)
+            self._save(self._state, is_first=True)
         elif self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq:
             self._save(self._state)
 
@@ -124,13 +129,17 @@ class ResumableCheckpointCallback(BaseCallback):
 
     # Saving
 
-    def _save(self, state: TrainingState) -> None:
+    def _save(self, state: TrainingState, *, is_first: bool = False) -> None:
         model: Any = self.model
         model.check_divergence()  # what has diverged must not push out the last good checkpoint
         self._saved_at = model.num_timesteps
         try:
             path = self._write(state)
         except OSError as error:
+            if is_first and error.errno not in FULL_DISK:
+                raise ValueError(
+                    f"folder must be one in which checkpoints can be written, got {self.folder} ({error})"
+                ) from error
             warnings.warn(
                 f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
                 f"are in {self.folder} stay",

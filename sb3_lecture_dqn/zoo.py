@@ -202,6 +202,8 @@ def _makes_checkpoints(manager: Any) -> bool:
 
 def _take_up_run(manager: Any, folder: Path) -> None:
     """Give a run that was started again the folder and the seed of its first start."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{CHECKPOINTS} must name a folder, got {folder}, which is a file")
     run = _read_run(folder)
     if run is None:
         return

@@ -15,7 +15,7 @@ from resuming import differences, kills, load_benchmark, run
 from scripted_envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_lecture_dqn import LectureDQN, checkpoint_files
+from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, checkpoint_files
 from sb3_lecture_dqn.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
@@ -249,6 +249,33 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(tmp_path: Path, monkeypatc
     assert checkpoint.num_timesteps == 300
     monkeypatch.undo()
     assert differences(run(small_model, 400, tmp_path / "run"), expected) == []
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT"])
+def test_a_disk_that_is_full_at_the_first_step_is_a_warning_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    write_file = checkpoint_files._write_file
+
+    def full_at_first(path: Path, writer: Any) -> Any:
+        if "checkpoint_0" in str(path):
+            raise OSError(getattr(errno, number), "the disk is full")
+        return write_file(path, writer)
+
+    monkeypatch.setattr(checkpoint_files, "_write_file", full_at_first)
+    with pytest.warns(UserWarning, match=r"no checkpoint was saved at step 0 \(.*the disk is full\)"):
+        run(small_model, 150, tmp_path)
+    assert (tmp_path / "checkpoint_100").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/runs"])
+def test_a_folder_that_can_never_be_written_to_ends_the_run_at_its_first_step(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    model = small_model()
+    with pytest.raises(ValueError, match=f"folder must be one in which checkpoints can be written, got .*/{folder} ") as error:
+        model.learn(400, callback=ResumableCheckpointCallback(100, tmp_path / folder))
+    assert "\n" not in str(error.value)
+    assert model.num_timesteps == 0
 
 
 def save_and_die(folder: Path, point: int) -> None:

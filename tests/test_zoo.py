@@ -320,6 +320,16 @@ def test_a_start_that_came_to_no_checkpoint_binds_nobody(
     assert json.loads((tmp_path / "checkpoints" / zoo.RUN_FILE).read_text())["seed"] == 2
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_named(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(zoo.CHECKPOINTS, "file")
+    with pytest.raises(ValueError, match=f"{zoo.CHECKPOINTS} must name a folder, got file, which is a file"):
+        train_in_process(*SHORT, "-n", "60")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
     train_in_process(*SHORT, "-n", "60", "--seed", "0")
