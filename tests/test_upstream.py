@@ -132,6 +132,7 @@ MADE_AGAIN = {
     "_divergence_watch",
     "_fast_acting",
     "_fast_update",
+    "_is_collecting",
     "_logger",
     "_stats_window_size",
     "_vec_normalize_env",

@@ -289,6 +289,18 @@ def test_a_folder_of_checkpoints_belongs_to_one_environment(
 SHORT = ("--env", "CartPole-v1", "--eval-freq", "-1", "--verbose", "0")
 
 
+def test_a_run_that_an_older_version_began_is_continued(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60")
+    run_file = tmp_path / "checkpoints" / zoo.RUN_FILE
+    older = {name: value for name, value in json.loads(run_file.read_text()).items() if name != "settings"}
+    run_file.write_text(json.dumps(older))
+    train_in_process(*SHORT, "-n", "60")
+    assert len(list((tmp_path / "logs" / "lecture_dqn").iterdir())) == 1
+
+
 @pytest.mark.parametrize("mistake", ["gama:0.9", "gamma:1.5"])
 def test_a_first_start_that_fails_claims_no_folder(
     train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
