@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from resuming import differences, kills, load_benchmark, run
 from scripted_envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -27,6 +28,7 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_shared_file,
 )
 from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles
+from sb3_lecture_dqn.run_settings import in_few_words
 
 
 def small_model() -> LectureDQN:
@@ -332,3 +334,28 @@ def test_the_manifest_is_readable_and_says_what_the_run_was(tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "checkpoint_0" / "manifest.json").read_text())
     assert manifest["facts"]["settings"]["gamma"] == "0.99"
     assert set(manifest["facts"]["versions"]) >= {"PyTorch", "Stable-Baselines3"}
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"b": [1, 2.5], "a": None}, "{a: None, b: [1, 2.5]}"),
+        ({"a string", "another"}, "['a string', 'another']"),
+        (np.array(3), "array(3)"),
+        (object(), "object"),
+        (spaces.Dict({"a": spaces.Discrete(2)}), "Dict('a': Discrete(2))"),
+    ],
+)
+def test_settings_have_the_same_words_in_every_process(value: Any, words: str) -> None:
+    assert in_few_words(value) == words
+
+
+def test_a_large_setting_is_told_from_another_by_a_few_words() -> None:
+    large = np.arange(10_000)
+    words = in_few_words({"prices": large})
+    assert len(words) < 300
+    assert words == in_few_words({"prices": large.copy()})
+    assert words != in_few_words({"prices": np.where(large == 9_999, 0, large)})
