@@ -35,7 +35,11 @@ _LEFTOVER_ENDINGS = (".unfinished", ".replaced", ".deleted", ".damaged")
 Writer = Callable[[BinaryIO], None]
 
 
-class DamagedCheckpointError(ValueError):
+class UnreadableCheckpointError(ValueError):
+    """A checkpoint on disk cannot be read, now or by this version."""
+
+
+class DamagedCheckpointError(UnreadableCheckpointError):
     """A checkpoint on disk is not what was written."""
 
 
@@ -167,7 +171,7 @@ def delete_leftovers(folder: Path) -> None:
     for path in _checkpoint_paths(folder):
         try:
             needed.update(record.name for record in _read_manifest(path).shared_files)
-        except (DamagedCheckpointError, OSError):
+        except (UnreadableCheckpointError, OSError):
             return  # nobody knows what it needs
     for path in (folder / SHARED_FOLDER).glob("*"):
         if path.name not in needed:
@@ -214,29 +218,46 @@ def file_sha256(path: Path) -> str:
 # --- Reading --------------------------------------------------------------------------------------------------------------
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """
+    Whether a folder holds checkpoints, be they whole or damaged.
+
+    :param folder: The folder of the checkpoints
+    :return: Whether it does
+    """
+    return bool(_checkpoint_paths(folder))
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """
-    The newest whole checkpoint. A damaged one is named in a warning and set aside, and the one before it is used.
+    The newest whole checkpoint. One that cannot be read is named in a warning, and the one before it is used. Only a damaged
+    one is set aside: another may be read again, when a disk has come back or by a newer version.
 
     :param folder: The folder of the checkpoints
     :return: The checkpoint; ``None`` if there is none at all
     :raises DamagedCheckpointError: if there are checkpoints and all are damaged
+    :raises UnreadableCheckpointError: if there are checkpoints and none can be read
     """
-    paths = _checkpoint_paths(folder)
-    damaged = []
-    for path in paths:
+    errors: dict[Path, UnreadableCheckpointError] = {}
+    for path in _checkpoint_paths(folder):
         try:
             checkpoint = read_checkpoint(path)
-        except DamagedCheckpointError as error:
-            damaged.append(path)
+        except UnreadableCheckpointError as error:
+            errors[path] = error
             warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
             continue
-        for damaged_path in damaged:
-            os.replace(damaged_path, damaged_path.with_name(f"{damaged_path.name}.{uuid.uuid4().hex}.damaged"))
+        _set_aside([path for path, error in errors.items() if isinstance(error, DamagedCheckpointError)])
         return checkpoint
-    if damaged:
-        raise DamagedCheckpointError(f"{folder} holds no checkpoint that is whole: {len(damaged)} damaged, none left")
-    return None
+    if not errors:
+        return None
+    if all(isinstance(error, DamagedCheckpointError) for error in errors.values()):
+        raise DamagedCheckpointError(f"{folder} holds no checkpoint that is whole: {len(errors)} damaged, none left")
+    raise UnreadableCheckpointError(f"{folder} holds no checkpoint that can be read: {next(iter(errors.values()))}")
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        os.replace(path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.damaged"))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -246,6 +267,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     :param path: The folder of the checkpoint
     :return: The checkpoint
     :raises DamagedCheckpointError: if a file is missing or not what was written
+    :raises UnreadableCheckpointError: if the disk does not give a file, or the format is another version's
     """
     try:
         checkpoint = _read_manifest(path)
@@ -253,8 +275,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             _verify(path, checkpoint.file(record.name), record)
         for record in checkpoint.shared_files:
             _verify(path, checkpoint.shared_file(record), record)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise UnreadableCheckpointError(f"{path} cannot be read: {error}") from error
     return checkpoint
 
 
@@ -267,7 +291,7 @@ def _read_manifest(path: Path) -> Checkpoint:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {MANIFEST} cannot be read ({error})") from error
     if manifest["format"] != FORMAT_VERSION:
-        raise DamagedCheckpointError(f"{path} has the format {manifest['format']}, this version reads {FORMAT_VERSION}")
+        raise UnreadableCheckpointError(f"{path} has the format {manifest['format']}, this version reads {FORMAT_VERSION}")
     if path.name != f"checkpoint_{manifest['num_timesteps']}":
         raise DamagedCheckpointError(f"{path} is damaged: it is the checkpoint of step {manifest['num_timesteps']}")
     files = {record[0]: FileRecord(*record) for record in manifest["files"]}

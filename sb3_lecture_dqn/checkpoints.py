@@ -6,10 +6,10 @@ There, the callback below saves; and there, in a run that was started again, it 
 on exactly where it was.
 """
 
+import errno
 import pickle
 import platform
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_checkpoint,
 )
 from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
+from sb3_lecture_dqn.run_settings import check_same_run, in_words
 from sb3_lecture_dqn.training_state import (
     PARAMETERS_FILE,
     STATE_FILE,
@@ -41,6 +42,8 @@ from sb3_lecture_dqn.training_state import (
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
 from sb3_lecture_dqn.vec_env_state import insert_recorders
 
+#: Errors that may pass while a run goes on.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 REPLAY_BUFFER_FILE = "replay_buffer.pkl"
 #: What has to be the same in the run that goes on; otherwise it would be another run.
 SETTINGS = (
@@ -74,7 +77,8 @@ class ResumableCheckpointCallback(BaseCallback):
     ``docs/resume.md``.
 
     Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
-    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay.
+    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay. If it
+    does not take the first one, and is not full, that is an error.
 
     Loading a checkpoint unpickles: use only folders that you trust.
 
@@ -83,7 +87,8 @@ class ResumableCheckpointCallback(BaseCallback):
     :param keep_last: How many checkpoints are kept, at least 1
     :param verbose: 0 for no output, 1 for a line at each checkpoint
     :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
-        settings, another number of steps) or nothing but damaged checkpoints, or this callback is within another one
+        settings, another environment, another number of steps) or no checkpoint that can be read, or cannot be written to, or
+        this callback is within another one
     """
 
     #: Attributes that the resumed run has of its own.
@@ -113,7 +118,7 @@ class ResumableCheckpointCallback(BaseCallback):
             if checkpoint is not None:
                 self._resume(checkpoint, self._state)
                 return
-            self._save(self._state)
+            self._save(self._state, is_first=True)
         elif self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq:
             self._save(self._state)
 
@@ -124,13 +129,17 @@ class ResumableCheckpointCallback(BaseCallback):
 
     # Saving
 
-    def _save(self, state: TrainingState) -> None:
+    def _save(self, state: TrainingState, *, is_first: bool = False) -> None:
         model: Any = self.model
         model.check_divergence()  # what has diverged must not push out the last good checkpoint
         self._saved_at = model.num_timesteps
         try:
             path = self._write(state)
         except OSError as error:
+            if is_first and error.errno not in FULL_DISK:
+                raise ValueError(
+                    f"folder must be one in which checkpoints can be written, got {self.folder} ({error})"
+                ) from error
             warnings.warn(
                 f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
                 f"are in {self.folder} stay",
@@ -158,17 +167,18 @@ class ResumableCheckpointCallback(BaseCallback):
         pickled = dump_state(run)
         writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
         writers[STATE_FILE] = lambda file: _write_all(file, pickled)
-        facts = {"settings": self._settings(), "versions": _versions()}
+        facts = {"settings": self._settings(state), "versions": _versions()}
         return write_checkpoint(self.folder, model.num_timesteps, writers, row_files, facts).path
 
-    def _settings(self) -> dict[str, str]:
-        settings = {name: _shown(getattr(self.model, name)) for name in SETTINGS}
-        return {**settings, "total_timesteps": str(self.model._total_timesteps)}
+    def _settings(self, state: TrainingState) -> dict[str, str]:
+        settings = {name: in_words(getattr(self.model, name)) for name in SETTINGS}
+        return {**settings, "total_timesteps": str(self.model._total_timesteps), **state.env_settings}
 
     # Resuming
 
     def _resume(self, checkpoint: Checkpoint, state: TrainingState) -> None:
-        self._check_same_run(checkpoint)
+        check_same_run(checkpoint.facts["settings"], self._settings(state), self.folder)
+        _warn_of_other_versions(checkpoint)
         model: Any = self.model
         saved = pickle.loads(checkpoint.file(STATE_FILE).read_bytes())
         restore_parameters(model, checkpoint.file(PARAMETERS_FILE))
@@ -199,22 +209,6 @@ class ResumableCheckpointCallback(BaseCallback):
         mark_last_rows_as_ends(model.replay_buffer)
         self._replay_buffer_files.forget()
 
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        settings = self._settings()
-        for name, saved in checkpoint.facts["settings"].items():
-            if settings[name] != saved:
-                raise ValueError(
-                    f"{name} must be {saved}, with which the run in {self.folder} was started, got {settings[name]}; another "
-                    "run needs another folder"
-                )
-        for name, saved in checkpoint.facts["versions"].items():
-            if _versions()[name] != saved:
-                warnings.warn(
-                    f"the checkpoint was made with {name} {saved} and this is {_versions()[name]}: the run goes on, but it "
-                    "may differ from the one that it would have been",
-                    stacklevel=2,
-                )
-
 
 def record_for_checkpoints(callback: MaybeCallback, vec_env: VecEnv | None) -> None:
     """
@@ -239,14 +233,15 @@ def _write_all(file: Any, content: bytes) -> None:
     file.write(content)
 
 
-def _shown(value: Any) -> str:
-    """A setting in words that are the same in every process."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_shown(item)}" for name, item in sorted(value.items())) + "}"
-    if isinstance(value, Iterable) and not isinstance(value, (str, gymnasium.Space)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    shown = repr(value)
-    return type(value).__name__ if " at 0x" in shown else shown
+def _warn_of_other_versions(checkpoint: Checkpoint) -> None:
+    versions = _versions()
+    for name, saved in checkpoint.facts["versions"].items():
+        if versions[name] != saved:
+            warnings.warn(
+                f"the checkpoint was made with {name} {saved} and this is {versions[name]}: the run goes on, but it may "
+                "differ from the one that it would have been",
+                stacklevel=2,
+            )
 
 
 def _versions() -> dict[str, str]:

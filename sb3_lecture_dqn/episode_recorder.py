@@ -7,7 +7,7 @@ observation tells whether the environment is where it was.
 """
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
+from sb3_lecture_dqn.run_settings import in_few_words
 
 #: Attributes of an environment that belong to the process and not to the episode.
 _NOT_STATE = frozenset({"env", "results_writer"})
@@ -40,6 +41,14 @@ class EnvState(NamedTuple):
     random_state: dict[str, Any] | None
     replay: "Episode | None"
     reason: str | None
+
+
+class EnvDescription(NamedTuple):
+    """What an environment is, in words: its wrappers and its class, its id in Gymnasium, and the arguments beside the id."""
+
+    layers: str
+    id: str
+    kwargs: str
 
 
 class Episode(NamedTuple):
@@ -103,6 +112,15 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             self._actions.append(action)
             self._last_observation = result[0]
         return result
+
+    def describe_for_checkpoint(self) -> EnvDescription:
+        """
+        What the environment is.
+
+        :return: In words that are the same in every process
+        """
+        outer = [] if self._outer is None else [self._outer]
+        return EnvDescription(describe_layers([*outer, *self._layers()]), *describe_spec(self.unwrapped.spec))
 
     def take_checkpoint_state(self) -> EnvState:
         """
@@ -223,6 +241,31 @@ class InsertRecorder:
         if isinstance(env, gymnasium.Wrapper) and not isinstance(env.env, EpisodeRecorder):
             env.env = EpisodeRecorder(env.env, env)
         return isinstance(env, gymnasium.Wrapper)
+
+
+def describe_layers(layers: Sequence[Any], innermost: str = "") -> str:
+    """
+    The types of wrappers and of what they wrap.
+
+    :param layers: The outermost first
+    :param innermost: What the last one holds, if it holds anything
+    :return: For instance ``Monitor(TimeLimit(CartPoleEnv))``
+    """
+    names = [type(layer).__name__ for layer in layers] + ([innermost] if innermost else [])
+    return "(".join(names) + ")" * (len(names) - 1)
+
+
+def describe_spec(spec: EnvSpec | None) -> tuple[str, str]:
+    """
+    The id and the arguments that an environment was made with, but for how it is rendered.
+
+    :param spec: Its specification; ``None`` if it was made without an id
+    :return: Both in words
+    """
+    if spec is None:
+        return "none", "none"
+    kwargs = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    return spec.id, in_few_words(kwargs)
 
 
 def read_log(owner: Any) -> bytes | None:

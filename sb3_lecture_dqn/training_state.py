@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
 from sb3_lecture_dqn.vec_env_state import (
+    describe_vec_env,
     insert_recorders,
     restore_vec_env_state,
     single_envs,
@@ -70,6 +72,8 @@ class TrainingState:
         self._vec_envs = self._find_vec_envs()
         for vec_env in self._vec_envs:
             insert_recorders(vec_env)
+        #: What the environments are, in words, by name.
+        self.env_settings = self._describe_vec_envs()
 
     def take(self) -> dict[str, Any]:
         """
@@ -147,6 +151,13 @@ class TrainingState:
         by_base = {id(vec_env.unwrapped): vec_env for vec_env in reversed(found)}
         return [vec_env for vec_env in dict.fromkeys(found) if by_base[id(vec_env.unwrapped)] is vec_env]
 
+    def _describe_vec_envs(self) -> dict[str, str]:
+        settings: dict[str, str] = {}
+        for index, vec_env in enumerate(self._vec_envs):
+            owner = f" {index} of the callbacks" if index else ""
+            settings.update({f"{name}{owner}": words for name, words in describe_vec_env(vec_env).items()})
+        return settings
+
     def _live_objects(self) -> LiveObjects:
         live, model = LiveObjects(), self._model
         for name in ("policy", "q_net", "q_net_target", "logger", "replay_buffer", "observation_space", "action_space"):
@@ -172,8 +183,17 @@ def take_parameters(model: Any) -> bytes:
     :return: A file of PyTorch's
     """
     file = io.BytesIO()
-    th.save({"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}, file)
+    th.save({"policy": model.policy.state_dict(), "optimizer": _plain(model.policy.optimizer.state_dict())}, file)
     return file.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's scalars, which PyTorch writes, and does not read again where it runs no code."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def restore_parameters(model: Any, path: Path) -> None:
@@ -215,6 +235,8 @@ def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterato
 def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
     """A callback's state. The paths that it was made with are not: a run may be continued in another place."""
     excluded = NOT_A_CALLBACKS_OWN | getattr(callback, "not_in_checkpoints", frozenset())
+    if isinstance(callback, ProgressBarCallback):
+        excluded |= {"pbar"}  # a part of the screen
     arguments = inspect.signature(type(callback)).parameters
     return {
         name: value

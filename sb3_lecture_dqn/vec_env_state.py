@@ -8,7 +8,16 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
-from sb3_lecture_dqn.episode_recorder import EnvState, EpisodeRecorder, InsertRecorder, read_log, write_log
+from sb3_lecture_dqn.episode_recorder import (
+    EnvDescription,
+    EnvState,
+    EpisodeRecorder,
+    InsertRecorder,
+    describe_layers,
+    describe_spec,
+    read_log,
+    write_log,
+)
 from sb3_lecture_dqn.live_objects import LiveObjects
 
 #: Attributes that belong to the process and not to the run.
@@ -51,6 +60,26 @@ def insert_recorders(vec_env: VecEnv) -> None:
         _insert_into_list(base.envs)
         return
     base.env_is_wrapped(cast("type[gymnasium.Wrapper[Any, Any, Any, Any]]", InsertRecorder()))
+
+
+def describe_vec_env(vec_env: VecEnv) -> dict[str, str]:
+    """
+    What a vector environment is: only into one that is the same can its state be restored.
+
+    :param vec_env: The vector environment, after :func:`insert_recorders`
+    :return: By name, in words that are the same in every process
+    """
+    base = vec_env.unwrapped
+    envs = _describe_envs(base)
+    specs = [(env.id, env.kwargs) for env in envs]
+    if isinstance(base, GymVectorVecEnv):
+        specs.append(describe_spec(base.env.unwrapped.spec))
+    sub_envs = f"{vec_env.num_envs} x {_once([env.layers for env in envs])}" if envs else str(vec_env.num_envs)
+    return {
+        "env": describe_layers(vec_env_layers(vec_env), sub_envs),
+        "env id": _once([env_id for env_id, _ in specs]),
+        "env kwargs": _once([kwargs for _, kwargs in specs]),
+    }
 
 
 def take_vec_env_state(vec_env: VecEnv, live: LiveObjects) -> VecEnvState:
@@ -123,6 +152,17 @@ def single_envs(vec_env: VecEnv) -> Iterator[gymnasium.Env[Any, Any]]:
             yield layer
             layer = layer.env
         yield layer
+
+
+def _describe_envs(base: VecEnv) -> list[EnvDescription]:
+    if isinstance(base, GymVectorVecEnv):
+        return [recorder.describe_for_checkpoint() for recorder in _recorders(base.env)]
+    return base.env_method("describe_for_checkpoint") if base.has_attr("describe_for_checkpoint") else []
+
+
+def _once(words: list[str]) -> str:
+    """What environments are, said once if they are all the same."""
+    return ", ".join(words if len(set(words)) > 1 else words[:1])
 
 
 def _take_env_states(base: VecEnv) -> tuple[list[EnvState], str | None]:

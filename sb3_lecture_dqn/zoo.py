@@ -16,6 +16,7 @@ import inspect
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -28,9 +29,11 @@ from typing import Any
 import gymnasium
 import optuna
 
+from sb3_lecture_dqn.checkpoint_files import has_checkpoints
 from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
+from sb3_lecture_dqn.run_settings import NOT_GIVEN, check_same_run, in_few_words
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
@@ -148,22 +151,33 @@ def _signature_with(function: Callable[..., Any], *parameters: str) -> inspect.S
 
 
 def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
-    signature = _signature_with(get_model_path, "folder", "algo")
+    signature = _signature_with(get_model_path, "exp_id", "folder", "algo", "env_name")
 
     @functools.wraps(get_model_path)
     def get_path(*args: Any, **kwargs: Any) -> Any:
-        try:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["algo"] != ALGORITHM:
             return get_model_path(*args, **kwargs)
+        try:
+            return get_model_path(**_skipping_runs_without_a_model(given))
         except (AssertionError, ValueError):
-            arguments = signature.bind(*args, **kwargs)
-            if arguments.arguments["algo"] != ALGORITHM or arguments.arguments["folder"] != AGENTS_FOLDER:
+            if given["folder"] != AGENTS_FOLDER:
                 raise
-            arguments.arguments["folder"] = LOGS_FOLDER
             with contextlib.suppress(AssertionError, ValueError):
-                return get_model_path(*arguments.args, **arguments.kwargs)
+                return get_model_path(**_skipping_runs_without_a_model({**given, "folder": LOGS_FOLDER}))
             raise
 
     return get_path
+
+
+def _skipping_runs_without_a_model(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``get_model_path``, where 0 no longer means a search or a run that ended before it had a model."""
+    if given["exp_id"] != 0:
+        return given
+    run_name = re.compile(rf"{re.escape(given['env_name'])}_(\d+)")
+    models = Path(given["folder"], ALGORITHM).glob("*/*.zip")
+    matches = [run_name.fullmatch(path.parent.name) for path in models]
+    return {**given, "exp_id": max((int(match[1]) for match in matches if match), default=0)}
 
 
 def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
@@ -188,18 +202,59 @@ def _makes_checkpoints(manager: Any) -> bool:
 
 def _take_up_run(manager: Any, folder: Path) -> None:
     """Give a run that was started again the folder and the seed of its first start."""
-    run_file = folder / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{CHECKPOINTS} must name a folder, got {folder}, which is a file")
+    run = _read_run(folder)
+    if run is None:
+        return
     env_id = manager.env_name.gym_id
-    if not run_file.exists():
-        run = {"env": env_id, "save_path": str(Path(manager.save_path).resolve()), "seed": manager.seed}
-        with replace_when_written(run_file) as unfinished:
-            unfinished.write_text(json.dumps(run))
-    run = json.loads(run_file.read_text())
     if run["env"] != env_id:
         raise ValueError(f"{CHECKPOINTS} must name a folder for {env_id}, got {folder} with a run of {run['env']}")
+    if _seed_was_given():
+        check_same_run({"seed": str(run["seed"])}, {"seed": str(manager.seed)}, folder)
     manager.seed = manager.args.seed = run["seed"]
     manager.save_path = run["save_path"]
     manager.params_path = f"{manager.save_path}/{manager.env_name}"
+
+
+def _read_run(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder was started with; a start that came to no checkpoint left nothing to go on from."""
+    run_file = folder / RUN_FILE
+    if not has_checkpoints(folder) or not run_file.exists():
+        return None
+    run: dict[str, Any] = json.loads(run_file.read_text())
+    return run
+
+
+def _write_run(manager: Any, folder: Path) -> None:
+    run = {
+        "env": manager.env_name.gym_id,
+        "save_path": str(Path(manager.save_path).resolve()),
+        "seed": manager.seed,
+        "settings": _run_settings(manager),
+    }
+    with replace_when_written(folder / RUN_FILE) as unfinished:
+        unfinished.write_text(json.dumps(run))
+
+
+def _run_settings(manager: Any) -> dict[str, str]:
+    """What makes a run another run, of all that the zoo was told, in words."""
+    settings = {
+        **manager.given_hyperparams,
+        "n_timesteps": manager.n_timesteps,
+        "env_kwargs": manager.env_kwargs,
+        "eval_env_kwargs": manager.eval_env_kwargs,
+        "vec_env": manager.vec_env_class.__name__,
+        "callbacks": [type(callback).__name__ for callback in manager.callbacks],
+    }
+    return {name: in_few_words(value) for name, value in settings.items()}
+
+
+def _seed_was_given() -> bool:
+    # the zoo has put one that it drew in the place of none
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--seed", type=int, default=-1)
+    return bool(parser.parse_known_args()[0].seed >= 0)
 
 
 def _with_checkpoints(create_callbacks: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -208,10 +263,19 @@ def _with_checkpoints(create_callbacks: Callable[[Any], None]) -> Callable[[Any]
         save_freq = manager.save_freq if manager.save_freq > 0 else DEFAULT_SAVE_FREQ
         create_callbacks(manager)
         if _makes_checkpoints(manager):
-            folder = os.environ[CHECKPOINTS]
+            folder = Path(os.environ[CHECKPOINTS])
             manager.callbacks.append(ResumableCheckpointCallback(save_freq, folder, verbose=manager.verbose))
+            _check_continues_run(manager, folder)
 
     return create_callbacks_and_ours
+
+
+def _check_continues_run(manager: Any, folder: Path) -> None:
+    """Refuse another run before the zoo writes over the files of the one whose folder it would go on in."""
+    saved = (_read_run(folder) or {}).get("settings")
+    if saved is not None:
+        settings = _run_settings(manager)
+        check_same_run({**dict.fromkeys(settings, NOT_GIVEN), **saved}, settings, folder)
 
 
 def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -220,13 +284,16 @@ def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[A
         run_folder = Path(manager.save_path)
         was_there = run_folder.exists()
         try:
-            return setup_experiment(manager)
+            results = setup_experiment(manager)
         except Exception:
             # the zoo writes this file last: a run that has it is another process's, begun at the same moment
             has_begun = (Path(manager.params_path) / "config.yml").exists()
             if manager.algo == ALGORITHM and not was_there and not has_begun:
                 shutil.rmtree(run_folder, ignore_errors=True)
             raise
+        if _makes_checkpoints(manager) and _read_run(Path(os.environ[CHECKPOINTS])) is None:
+            _write_run(manager, Path(os.environ[CHECKPOINTS]))
+        return results
 
     return set_up_or_clean_up
 
@@ -241,6 +308,7 @@ def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[
         check_hyperparameter_keys(hyperparams)
         manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
         saved_hyperparams.pop("trial_seeds", None)
+        manager.given_hyperparams = dict(saved_hyperparams)
         return hyperparams, saved_hyperparams
 
     return read_and_check

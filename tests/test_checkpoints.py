@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from resuming import differences, kills, load_benchmark, run
 from scripted_envs import CountingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_lecture_dqn import LectureDQN, checkpoint_files
+from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, checkpoint_files
 from sb3_lecture_dqn.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
+    UnreadableCheckpointError,
     keep_last,
     newest_checkpoint,
     read_checkpoint,
@@ -26,6 +28,7 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_shared_file,
 )
 from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles
+from sb3_lecture_dqn.run_settings import in_few_words
 
 
 def small_model() -> LectureDQN:
@@ -96,6 +99,53 @@ def test_a_folder_with_nothing_but_damage_is_an_error_and_not_a_new_run(tmp_path
         newest_checkpoint(tmp_path)
 
 
+def make_unreadable(path: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a checkpoint be of another format, or its disk fail."""
+    if reason == "format":
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
+            write(path.parent, int(path.name.partition("_")[2]))
+        return
+    open_file = Path.open
+
+    def failing_open(file: Path, *args: Any, **kwargs: Any) -> Any:
+        if path in file.parents:
+            raise OSError(getattr(errno, reason), os.strerror(getattr(errno, reason)), str(file))
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing_open)
+
+
+@pytest.mark.parametrize("reason", ["EIO", "ESTALE", "EACCES", "format"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    make_unreadable(tmp_path / "checkpoint_20", reason, monkeypatch)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint_20 (cannot be read|has the format 99).*; the checkpoint before it is used"
+    ):
+        checkpoint = newest_checkpoint(tmp_path)
+    keep_last(tmp_path, 3)
+    monkeypatch.undo()
+    assert checkpoint is not None
+    assert checkpoint.num_timesteps == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_10", "checkpoint_20"]
+
+
+@pytest.mark.filterwarnings("ignore:.*the checkpoint before it is used")
+def test_a_folder_of_which_nothing_can_be_read_is_an_error_and_not_a_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 10)
+    make_unreadable(tmp_path / "checkpoint_10", "EIO", monkeypatch)
+    with pytest.raises(
+        UnreadableCheckpointError, match=r"holds no checkpoint that can be read: .*checkpoint_10 cannot be read"
+    ):
+        newest_checkpoint(tmp_path)
+
+
 def test_files_of_two_checkpoints_cannot_be_swapped(tmp_path: Path) -> None:
     write(tmp_path, 10, b"first")
     write(tmp_path, 20, b"other")
@@ -108,7 +158,7 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
     write(tmp_path, 10)
     monkeypatch.undo()
-    with pytest.raises(DamagedCheckpointError, match="has the format 99, this version reads 1"):
+    with pytest.raises(UnreadableCheckpointError, match="has the format 99, this version reads 1"):
         read_checkpoint(tmp_path / "checkpoint_10")
 
 
@@ -203,6 +253,33 @@ def test_a_full_disk_is_a_warning_and_the_run_goes_on(tmp_path: Path, monkeypatc
     assert differences(run(small_model, 400, tmp_path / "run"), expected) == []
 
 
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT"])
+def test_a_disk_that_is_full_at_the_first_step_is_a_warning_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    write_file = checkpoint_files._write_file
+
+    def full_at_first(path: Path, writer: Any) -> Any:
+        if "checkpoint_0" in str(path):
+            raise OSError(getattr(errno, number), "the disk is full")
+        return write_file(path, writer)
+
+    monkeypatch.setattr(checkpoint_files, "_write_file", full_at_first)
+    with pytest.warns(UserWarning, match=r"no checkpoint was saved at step 0 \(.*the disk is full\)"):
+        run(small_model, 150, tmp_path)
+    assert (tmp_path / "checkpoint_100").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/runs"])
+def test_a_folder_that_can_never_be_written_to_ends_the_run_at_its_first_step(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    model = small_model()
+    with pytest.raises(ValueError, match=f"folder must be one in which checkpoints can be written, got .*/{folder} ") as error:
+        model.learn(400, callback=ResumableCheckpointCallback(100, tmp_path / folder))
+    assert "\n" not in str(error.value)
+    assert model.num_timesteps == 0
+
+
 def save_and_die(folder: Path, point: int) -> None:
     """Save in a process that ends at the given file operation, as a power cut would end it."""
     operations = 0
@@ -257,3 +334,28 @@ def test_the_manifest_is_readable_and_says_what_the_run_was(tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "checkpoint_0" / "manifest.json").read_text())
     assert manifest["facts"]["settings"]["gamma"] == "0.99"
     assert set(manifest["facts"]["versions"]) >= {"PyTorch", "Stable-Baselines3"}
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"b": [1, 2.5], "a": None}, "{a: None, b: [1, 2.5]}"),
+        ({"a string", "another"}, "['a string', 'another']"),
+        (np.array(3), "array(3)"),
+        (object(), "object"),
+        (spaces.Dict({"a": spaces.Discrete(2)}), "Dict('a': Discrete(2))"),
+    ],
+)
+def test_settings_have_the_same_words_in_every_process(value: Any, words: str) -> None:
+    assert in_few_words(value) == words
+
+
+def test_a_large_setting_is_told_from_another_by_a_few_words() -> None:
+    large = np.arange(10_000)
+    words = in_few_words({"prices": large})
+    assert len(words) < 300
+    assert words == in_few_words({"prices": large.copy()})
+    assert words != in_few_words({"prices": np.where(large == 9_999, 0, large)})

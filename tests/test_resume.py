@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.callbacks import OverestimationCallback
 from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.envs import GymVectorVecEnv
+from sb3_lecture_dqn.training_state import TrainingState
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
 
@@ -120,6 +123,15 @@ def test_checkpoints_change_nothing_in_a_run(tmp_path: Path) -> None:
     assert differences(run(build, 400, None), run(build, 400, tmp_path)) == []
 
 
+def test_optimizer_settings_of_numpys_types_are_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        optimizer_kwargs = {"eps": np.float64(1e-5), "betas": (np.float64(0.5), np.float64(0.9)), "amsgrad": np.bool_(True)}
+        return small_model("CartPole-v1", policy_kwargs={"net_arch": [16], "optimizer_kwargs": optimizer_kwargs})
+
+    expected = run(build, 300, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 300, tmp_path / "run", 230)) == []
+
+
 @pytest.mark.parametrize("copy_info_dict", [False, True])
 def test_hindsight_experience_replay_is_continued(copy_info_dict: bool, tmp_path: Path) -> None:
     def build() -> LectureDQN:
@@ -164,6 +176,30 @@ def test_gymnasiums_vector_environments_come_back(env_id: str, tmp_path: Path) -
 
     expected = run(build, 330, tmp_path / "reference")
     assert differences(expected, interrupted_run(build, 330, tmp_path / "run", 250)) == []
+
+
+class Photographer(BaseCallback):
+    """Takes pictures, as a recorder of videos does."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls % 20 == 0:
+            assert all(picture is not None for picture in self.training_env.get_images())
+        return True
+
+
+@pytest.mark.filterwarnings("error:.*not reproducible")
+@pytest.mark.parametrize("is_vectorized", [False, True])
+def test_robo_parking_comes_back_after_it_was_rendered(is_vectorized: bool, tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        if is_vectorized:
+            env = GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2, render_mode="rgb_array"))
+            return small_model(env)
+        return small_model(gymnasium.make("RoboParking-v0", render_mode="rgb_array"))
+
+    expected = run(build, 200, tmp_path / "reference")
+    with pytest.raises(Interruption):
+        run(build, 200, tmp_path / "run", Photographer(), InterruptAt(150))
+    assert differences(expected, run(build, 200, tmp_path / "run", Photographer(), InterruptAt(1_000))) == []
 
 
 def test_stacked_frames_are_continued(tmp_path: Path) -> None:
@@ -246,6 +282,16 @@ def test_what_a_wrapper_cannot_give_is_named(tmp_path: Path) -> None:
         model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path))
 
 
+@pytest.mark.filterwarnings("error:a checkpoint cannot keep")
+def test_a_progress_bar_is_no_part_of_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm.rich")
+    expected = run(lambda: small_model("CartPole-v1"), 200, None)
+    for _ in range(2):  # the second continues the first
+        model = small_model("CartPole-v1")
+        model.learn(200, callback=ResumableCheckpointCallback(50, tmp_path), progress_bar=True)
+    assert differences(expected, model) == []
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     run(lambda: small_model("CartPole-v1"), 150, tmp_path)
     with pytest.raises(ValueError, match=r"gamma must be 0.99, with which the run in .* was started, got 0.5"):
@@ -254,6 +300,83 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         run(lambda: small_model("CartPole-v1"), 300, tmp_path)
     with pytest.raises(ValueError, match="seed must be 3"):
         run(lambda: small_model("CartPole-v1", seed=4), 150, tmp_path)
+
+
+def windy_lander(**kwargs: Any) -> VecEnv:
+    return make_vec_env("LunarLander-v2", env_kwargs={"enable_wind": True, "wind_power": 5.0, **kwargs})
+
+
+def bit_flipping(env: Any = BitFlippingEnv) -> VecEnv:
+    return make_vec_env(env, env_kwargs={"n_bits": 4, "continuous": False})
+
+
+class OtherBitFlipping(BitFlippingEnv):
+    """Has the same spaces."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (windy_lander, lambda: windy_lander(wind_power=9.0), r"env kwargs must be \{.*wind_power: 5.0\}.*wind_power: 9.0\}"),
+        (
+            lambda: make_vec_env("CartPole-v0"),
+            lambda: make_vec_env("CartPole-v1"),
+            "env id must be CartPole-v0, .* CartPole-v1",
+        ),
+        (bit_flipping, lambda: bit_flipping(OtherBitFlipping), r"env must be .*\(BitFlippingEnv.*Monitor\(OtherBitFlipping"),
+        (windy_lander, lambda: VecNormalize(windy_lander()), r"env must be DummyVecEnv.*, got VecNormalize\(DummyVecEnv\("),
+        (lambda: VecNormalize(windy_lander()), windy_lander, r"env must be VecNormalize\(.*, got DummyVecEnv\("),
+        (
+            lambda: make_vec_env("CartPole-v1"),
+            lambda: make_vec_env("CartPole-v1", wrapper_class=ClipReward, wrapper_kwargs={"max_reward": 0.5}),
+            r"env must be .*\(1 x Monitor\(TimeLimit.*, got .*\(1 x ClipReward\(Monitor\(TimeLimit",
+        ),
+        (
+            lambda: GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2)),
+            lambda: GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2, mass=20.0)),
+            "env kwargs must be .*, got {.*mass: 20.0",
+        ),
+    ],
+    ids=["arguments", "id", "class", "VecNormalize added", "VecNormalize removed", "wrapper", "vector environment"],
+)
+def test_a_folder_with_a_run_of_another_environment_is_refused(
+    first: Callable[[], Any], second: Callable[[], Any], message: str, tmp_path: Path
+) -> None:
+    policy = "MultiInputPolicy" if first is bit_flipping else "MlpPolicy"
+    run(lambda: small_model(first(), policy), 60, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        run(lambda: small_model(second(), policy), 60, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_in_another_environment_is_refused(tmp_path: Path) -> None:
+    def evaluated_run(wind_power: float) -> None:
+        evaluation = EvalCallback(windy_lander(wind_power=wind_power), eval_freq=1_000)
+        run(lambda: small_model("LunarLander-v2"), 60, tmp_path, evaluation)
+
+    evaluated_run(5.0)
+    with pytest.raises(ValueError, match=r"env kwargs 1 of the callbacks must be .*wind_power: 5.0.*, got .*wind_power: 9.0"):
+        evaluated_run(9.0)
+
+
+def test_a_checkpoint_that_does_not_say_what_the_environment_was_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> LectureDQN:
+        return small_model("CartPole-v1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "_describe_vec_envs", lambda _: {})
+        expected = run(build, 250, tmp_path)
+    assert differences(run(build, 250, tmp_path), expected) == []
+
+
+def test_how_an_environment_is_rendered_does_not_make_another_run(tmp_path: Path) -> None:
+    def build(render_mode: str | None) -> LectureDQN:
+        return small_model(gymnasium.make("CartPole-v1", render_mode=render_mode))
+
+    run(lambda: build(None), 60, tmp_path)
+    run(lambda: build("rgb_array"), 60, tmp_path)
 
 
 def test_a_finished_run_comes_to_the_same_end_again(tmp_path: Path) -> None:

@@ -69,6 +69,25 @@ def test_enjoy_finds_the_newest_training_where_there_is_no_trained_agent(trained
     assert "Mean reward:" in result.stdout
 
 
+@pytest.mark.parametrize("folder", ["logs", "rl-trained-agents"])
+def test_the_newest_training_is_the_newest_with_a_model(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.register()
+    from rl_zoo3.utils import EnvironmentName, get_model_path
+
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "logs" / "lecture_dqn"
+    for name in ("CartPole-v1_9", "CartPole-v1_10", "CartPole-v1_11", "CartPole-v10_12", "Acrobot-v1_13"):
+        (runs / name).mkdir(parents=True)
+    for name in ("CartPole-v1_9/CartPole-v1.zip", "CartPole-v1_10/CartPole-v1.zip", "CartPole-v10_12/CartPole-v10.zip"):
+        (runs / name).touch()
+    assert get_model_path(0, folder, "lecture_dqn", EnvironmentName("CartPole-v1"))[2] == "logs/lecture_dqn/CartPole-v1_10"
+    with pytest.raises(ValueError, match=r"No model found for lecture_dqn on CartPole-v1, path: logs/.*CartPole-v1_11"):
+        get_model_path(11, "logs", "lecture_dqn", EnvironmentName("CartPole-v1"))
+    (runs / "CartPole-v1_11" / "best_model.zip").touch()  # a run with a model, though not with the one that is asked for
+    with pytest.raises(ValueError, match=r"No model found for lecture_dqn on CartPole-v1, path: logs/.*CartPole-v1_11"):
+        get_model_path(0, "logs", "lecture_dqn", EnvironmentName("CartPole-v1"))
+
+
 def test_an_agent_that_is_nowhere_is_looked_for_as_the_zoo_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.register()
     from rl_zoo3.utils import EnvironmentName, get_model_path
@@ -267,6 +286,101 @@ def test_a_folder_of_checkpoints_belongs_to_one_environment(
         train_in_process("--env", "Acrobot-v1", "-n", "60", "--eval-freq", "-1", "--verbose", "0")
 
 
+SHORT = ("--env", "CartPole-v1", "--eval-freq", "-1", "--verbose", "0")
+
+
+def test_a_run_that_an_older_version_began_is_continued(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60")
+    run_file = tmp_path / "checkpoints" / zoo.RUN_FILE
+    older = {name: value for name, value in json.loads(run_file.read_text()).items() if name != "settings"}
+    run_file.write_text(json.dumps(older))
+    train_in_process(*SHORT, "-n", "60")
+    assert len(list((tmp_path / "logs" / "lecture_dqn").iterdir())) == 1
+
+
+@pytest.mark.parametrize("mistake", ["gama:0.9", "gamma:1.5"])
+def test_a_first_start_that_fails_claims_no_folder(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(zoo.CHECKPOINTS, "checkpoints")
+        with pytest.raises(ValueError, match=mistake.partition(":")[0]):
+            train_in_process(*SHORT, "-n", "60", "-params", mistake)
+    train_in_process(*SHORT, "-n", "80")
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60")
+    runs = tmp_path / "logs" / "lecture_dqn"
+    steps = {path.name: LectureDQN.load(path / "CartPole-v1.zip").num_timesteps for path in runs.iterdir()}
+    assert steps == {"CartPole-v1_1": 80, "CartPole-v1_2": 60}
+
+
+def test_a_start_that_came_to_no_checkpoint_binds_nobody(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_learn(model: LectureDQN, *args: Any, **kwargs: Any) -> None:
+        raise Interruption
+
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(LectureDQN, "learn", interrupted_learn)
+        with pytest.raises(Interruption):
+            train_in_process(*SHORT, "-n", "60", "--seed", "1")
+    train_in_process(*SHORT, "-n", "70", "--seed", "2")
+    assert json.loads((tmp_path / "checkpoints" / zoo.RUN_FILE).read_text())["seed"] == 2
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(zoo.CHECKPOINTS, "file")
+    with pytest.raises(ValueError, match=f"{zoo.CHECKPOINTS} must name a folder, got file, which is a file"):
+        train_in_process(*SHORT, "-n", "60")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60", "--seed", "0")
+    with pytest.raises(ValueError, match="seed must be 0, with which the run in checkpoints was started, got 1;"):
+        train_in_process(*SHORT, "-n", "60", "--seed=1")
+    train_in_process(*SHORT, "-n", "60", "--seed", "0")
+    train_in_process(*SHORT, "-n", "60")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("-n", "60", "-params", "gamma:0.5"), "gamma must be .*, got 0.5;"),
+        (("-n", "60", "-params", "normalize:True"), "normalize must be not given, .*, got True;"),
+        (("-n", "90"), "n_timesteps must be 60, .*, got 90;"),
+        (
+            ("-n", "60", "--env-kwargs", "sutton_barto_reward:True"),
+            "env_kwargs must be {}, .*, got {sutton_barto_reward: True};",
+        ),
+        (("-n", "60", "--vec-env", "subproc"), "vec_env must be 'DummyVecEnv', .*, got 'SubprocVecEnv';"),
+        (("-n", "60", "--save-freq", "10"), "callbacks must be .*'ResumableCheckpointCallback'.*, got .*'CheckpointCallback'"),
+    ],
+    ids=["hyperparameter", "new hyperparameter", "steps", "environment", "processes", "callbacks"],
+)
+def test_a_refused_restart_leaves_every_file_as_it_was(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...], message: str
+) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60")
+    before = files()
+    with pytest.raises(ValueError, match=message):
+        train_in_process(*SHORT, *change)
+    assert files() == before
+    assert len(list((tmp_path / "logs" / "lecture_dqn").iterdir())) == 1
+
+
 def test_a_trial_that_diverges_is_pruned(train_in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[LectureDQN] = []
 
@@ -400,5 +514,7 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
         assert list(inspect.signature(function).parameters) == ["self", *parameters], f"{advice} ({method})"
     assert "self.seed" in inspect.getsource(exp_manager.ExperimentManager.create_envs), f"{advice} (the environments' seed)"
     created = inspect.getsource(exp_manager.ExperimentManager)
-    for attribute in ("save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"):
+    attributes = ["save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"]
+    attributes += ["n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env_class"]
+    for attribute in attributes:
         assert f"self.{attribute} = " in created or f"self.{attribute}: " in created, advice

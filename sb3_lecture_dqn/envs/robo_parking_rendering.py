@@ -62,6 +62,10 @@ class LotRenderer:
         self._bay_font = pygame.font.Font(None, round(self._pixels(0.6)))
         self._lot = self._draw_lot(side)
 
+    def __reduce__(self) -> tuple[type["LotRenderer"], tuple[int]]:
+        # pygame's surfaces cannot be pickled, and all of them are drawn anew
+        return LotRenderer, (self._frames_per_second,)
+
     def draw(self, trail: Sequence[State]) -> np.ndarray:
         """
         Draw an episode's picture.
