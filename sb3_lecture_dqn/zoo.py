@@ -31,7 +31,7 @@ import optuna
 from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
-from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
+from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
 from sb3_lecture_dqn.tuning.studies import Runner, open_study
@@ -236,7 +236,7 @@ def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[
     def read_and_check(manager: Any) -> Any:
         if manager.algo != ALGORITHM:
             return read_hyperparameters(manager)
-        _load_trial_0(manager)
+        _load_trial(manager, read_hyperparameters)
         hyperparams, saved_hyperparams = read_hyperparameters(manager)
         check_hyperparameter_keys(hyperparams)
         manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
@@ -246,17 +246,33 @@ def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[
     return read_and_check
 
 
-def _load_trial_0(manager: Any) -> None:
-    # to the zoo, --trial-id 0 looks like no --trial-id
-    if manager.storage and manager.study_name and manager.trial_id == 0:
-        hyperparams = manager.load_trial(manager.storage, manager.study_name, 0)
-        manager.custom_hyperparams = {**hyperparams, **(manager.custom_hyperparams or {})}
+def _load_trial(manager: Any, read_hyperparameters: Callable[[Any], Any]) -> None:
+    if not manager.storage or not manager.study_name or manager.trial_id is None:
+        return
+    # to the zoo, --trial-id 0 looks like no --trial-id; and it would lose the entry's policy_kwargs
+    trial_id, manager.trial_id = manager.trial_id, None
+    with contextlib.redirect_stdout(io.StringIO()):
+        entry = read_hyperparameters(manager)[1]
+    drawn = manager.load_trial(manager.storage, manager.study_name, trial_id)
+    drawn["policy_kwargs"] = merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])
+    manager.custom_hyperparams = {**drawn, **(manager.custom_hyperparams or {})}
 
 
 def _check_trial_seeds(trial_seeds: Any) -> int:
     if not isinstance(trial_seeds, int) or trial_seeds < 2:
         raise ValueError(f"trial_seeds must be an integer of at least 2, got {trial_seeds!r}")
     return trial_seeds
+
+
+class _Entry(dict[str, Any]):
+    """An entry's hyperparameters, of which the zoo makes a copy and updates it with what a trial drew."""
+
+    def copy(self) -> "_Entry":
+        return _Entry(self)
+
+    def update(self, drawn: dict[str, Any]) -> None:  # type: ignore[override]
+        policy_kwargs = merge_policy_kwargs(self.get("policy_kwargs"), drawn["policy_kwargs"])
+        super().update(drawn, policy_kwargs=policy_kwargs)
 
 
 def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
@@ -266,6 +282,7 @@ def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, 
             return objective(manager, trial)
         if hasattr(manager, "runner"):
             manager.runner.claim(trial)
+        manager._hyperparams = _Entry(manager._hyperparams)
         return score_on_seeds(objective, manager, trial, manager.trial_seeds)
 
     return score

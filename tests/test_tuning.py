@@ -17,9 +17,13 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from postgres import PostgresServer
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, tune, zoo
+from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.processes import here
+from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
@@ -102,6 +106,93 @@ def test_a_trial_scores_the_same_wherever_and_whenever_it_runs(tmp_path: Path) -
     zoo.sample_lecture_dqn_params(params, 0, 1, {})
     values = [zoo.make_manager(SETTINGS, str(tmp_path)).objective(optuna.trial.FixedTrial(params.params)) for _ in range(2)]
     assert values[0] == values[1]
+
+
+#: One trial's values: small, so that it is quick.
+PARAMS = {
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "constant",
+    "batch_size": 32,
+    "buffer_size": 10_000,
+    "learning_starts": 100,
+    "one_minus_gamma": 0.01,
+    "train_freq": 4,
+    "update_ratio": 0.25,
+    "target_update_interval": 50,
+    "exploration_fraction": 0.1,
+    "exploration_final_eps": 0.05,
+    "width": 64,
+}
+
+
+@pytest.fixture
+def trained_models(monkeypatch: pytest.MonkeyPatch) -> list[LectureDQN]:
+    """The models that are trained, in their order."""
+    models: list[LectureDQN] = []
+    learn = LectureDQN.learn
+
+    def noted_learn(model: LectureDQN, *args: Any, **kwargs: Any) -> LectureDQN:
+        models.append(model)
+        return learn(model, *args, **kwargs)
+
+    monkeypatch.setattr(LectureDQN, "learn", noted_learn)
+    return models
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "RoboParking-v0", "MinAtar/Breakout-v1"])
+def test_a_trial_of_a_shipped_entry_trains_the_network_of_that_entry(
+    env: str, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    settings = zoo.TrialSettings(env, n_timesteps=160, eval_episodes=1)
+    zoo.make_manager(settings, str(tmp_path)).objective(optuna.trial.FixedTrial(PARAMS))
+    assert len(trained_models) == 2  # one for each seed
+    encoder = minatar_breakout.Encoder if "MinAtar" in env else FlattenExtractor
+    for model in trained_models:
+        assert model._n_updates > 0
+        assert model.q_net.net_arch == [64, 64]
+        assert isinstance(model.q_net.features_extractor, encoder)
+
+
+PLAIN = "CartPole-v1: {n_timesteps: 200, policy: MlpPolicy, policy_kwargs: 'dict(layer_norm=False, activation_fn=nn.ReLU)'}"
+
+
+def is_plain(model: LectureDQN) -> bool:
+    layers = [type(layer) for layer in model.q_net.q_net]
+    return nn.ReLU in layers and nn.LayerNorm not in layers
+
+
+def test_a_trial_keeps_the_policy_kwargs_of_the_users_own_entry(trained_models: list[LectureDQN], tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN)
+    settings = zoo.TrialSettings("CartPole-v1", eval_episodes=1, conf_file=str(tmp_path / "mine.yml"))
+    zoo.make_manager(settings, str(tmp_path)).objective(optuna.trial.FixedTrial(PARAMS))
+    assert all(is_plain(model) and model.q_net.net_arch == [64, 64] for model in trained_models)
+
+
+def test_the_zoos_own_search_and_a_run_of_its_trial_keep_the_policy_kwargs_of_the_entry(
+    zoo_train: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN)
+    study_arguments = ["-conf", "mine.yml", "--storage", "study.log", "--study-name", "plain", "--seed", "0"]
+    zoo_train(*study_arguments, *SEARCH, "--n-trials", "2")
+    width = optuna.load_study(study_name="plain", storage=open_storage("study.log")).trials[1].params["width"]
+    zoo_train(*study_arguments, "--trial-id", "1", "-n", "60", "--eval-freq", "-1")
+    assert len(trained_models) == 5
+    assert all(map(is_plain, trained_models))
+    assert trained_models[-1].q_net.net_arch == [width] * 2
+
+
+@pytest.mark.parametrize(
+    ("of_entry", "merged"),
+    [
+        (None, {"net_arch": [64, 64]}),
+        ({"layer_norm": False, "net_arch": [8]}, {"layer_norm": False, "net_arch": [64, 64]}),
+        (" dict(net_arch=[8], activation_fn=nn.ReLU)", "dict(activation_fn=nn.ReLU, net_arch=[64, 64])"),
+        ("{'layer_norm': False}", "dict({'layer_norm': False}, net_arch=[64, 64])"),
+        ("dict({'net_arch': [8]}, a=1)", "dict(dict({'net_arch': [8]}, a=1), net_arch=[64, 64])"),
+    ],
+)
+def test_policy_kwargs_are_merged_in_the_notation_of_the_entry(of_entry: Any, merged: Any) -> None:
+    assert merge_policy_kwargs(of_entry, {"net_arch": [64, 64]}) == merged
 
 
 @pytest.mark.parametrize("trial_seeds", [1, "many"])
@@ -321,6 +412,17 @@ def test_the_best_trial_becomes_an_entry_that_the_zoo_trains(
     params = best_params(study_with_two_trials)
     assert (model.batch_size, model.q_net.net_arch) == (params["batch_size"], [params["width"]] * 2)
     assert yaml.safe_load((tmp_path / "mine.yml").read_text())["CartPole-v1"]["n_timesteps"] == 200
+
+
+def test_the_best_entry_keeps_the_policy_kwargs_of_the_entry_that_the_search_started_from(
+    study_with_two_trials: list[str], zoo_train: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / "plain.yml").write_text(PLAIN)
+    assert tune.main([*study_with_two_trials, "-conf", "plain.yml", "--output", "mine.yml"]) == 0
+    zoo_train("-conf", "mine.yml", "-n", "60", "--eval-freq", "-1")
+    (model,) = trained_models
+    assert is_plain(model)
+    assert model.q_net.net_arch == [best_params(study_with_two_trials)["width"]] * 2
 
 
 OTHERS = """\
