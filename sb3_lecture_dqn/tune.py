@@ -112,6 +112,7 @@ def tune(arguments: argparse.Namespace) -> None:
     check_address(arguments.ray_address)
     with tempfile.TemporaryDirectory() as folder, _one_line_errors():
         manager = zoo.make_manager(settings, folder, **search)
+        trial_settings = zoo.with_conf_content(settings)
     storage = open_storage(_storage_url(arguments))
     with contextlib.ExitStack() as stack:
         # to join a cluster starts nothing, so that comes first; a cluster of our own is started when all else is right
@@ -119,7 +120,7 @@ def tune(arguments: argparse.Namespace) -> None:
         study = open_study(storage, _study_name(arguments), zoo.scoring_of(manager))
         engine = cluster or _enter_engine(stack, arguments)
         with Runner(study, arguments.max_retries) as runner:
-            driver = Driver(study, manager, settings, engine, runner, arguments.seed)
+            driver = Driver(study, manager, trial_settings, engine, runner, arguments.seed)
             with _stopped_by_signals(driver) as signals:
                 driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
     name = f"report_{arguments.env}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"

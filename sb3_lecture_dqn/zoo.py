@@ -10,6 +10,7 @@ without it, this module runs any of the zoo's commands by itself::
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -20,7 +21,6 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +47,8 @@ DEFAULT_SAVE_FREQ = 10_000
 RUN_FILE = "zoo_run.json"
 #: Where the zoo's enjoy looks for an agent, and where its train writes one, unless they are told otherwise.
 AGENTS_FOLDER, LOGS_FOLDER = "rl-trained-agents", "logs"
+#: How the names of hyperparameter files end; any other name is a Python module's to the zoo.
+CONF_FILE_ENDINGS = (".yml", ".yaml", ".py")
 #: Keys of a hyperparameter entry that are the zoo's own (and, for a search, the number of seeds), not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -342,7 +344,7 @@ def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
             raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrialSettings:
     """
     What a trial of the engine needs to know: the arguments of rl_zoo3.train that decide its score.
@@ -354,6 +356,7 @@ class TrialSettings:
     :param seeds: Number of seeds, at least 2
     :param conf_file: Hyperparameter file; ``None`` for this project's
     :param gym_packages: Modules that register environments
+    :param conf_content: What is in that file, for a machine that has no such file; see :func:`with_conf_content`
     """
 
     env: str
@@ -363,6 +366,28 @@ class TrialSettings:
     seeds: int = DEFAULT_SEEDS
     conf_file: str | None = None
     gym_packages: tuple[str, ...] = ()
+    conf_content: bytes | None = None
+
+
+def with_conf_content(settings: TrialSettings) -> TrialSettings:
+    """
+    Read the hyperparameter file, so that trials may run where it is not.
+
+    :param settings: What decides the score of a trial
+    :return: The same with what is in the file; a Python module stays a name, and must be on every machine
+    :raises OSError: if the file cannot be read
+    """
+    if settings.conf_file is None or not settings.conf_file.endswith(CONF_FILE_ENDINGS):
+        return settings
+    return dataclasses.replace(settings, conf_content=Path(settings.conf_file).read_bytes())
+
+
+def _find_conf_file(settings: TrialSettings, folder: Path) -> str | None:
+    if settings.conf_file is None or settings.conf_content is None:
+        return settings.conf_file
+    file = folder / Path(settings.conf_file).name
+    file.write_bytes(settings.conf_content)
+    return str(file)
 
 
 def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any:
@@ -370,7 +395,7 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
     Make the zoo's manager of a search, as ``rl_zoo3.train -optimize`` does, silently.
 
     :param settings: What decides the score of a trial
-    :param log_folder: Where the zoo may make its folders
+    :param log_folder: Where the zoo may make its folders; it must exist if the settings bring what is in a file
     :param search: rl_zoo3's ``sampler``, ``pruner`` and ``n_startup_trials``
     :return: An ``ExperimentManager`` whose ``objective`` may be called
     :raises ValueError: if the hyperparameter entry is wrong
@@ -389,7 +414,7 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
         n_evaluations=settings.n_evaluations,
         n_eval_episodes=settings.eval_episodes,
         hyperparams={"trial_seeds": settings.seeds},
-        config=settings.conf_file,
+        config=_find_conf_file(settings, Path(log_folder)),
         optimize_hyperparameters=True,
         device="cpu",
         verbose=0,

@@ -481,6 +481,55 @@ def test_an_entry_that_others_refer_to_is_not_replaced(
     assert file.read_text() == before
 
 
+class InlineEngine:
+    """An engine that runs each trial at once, in this process, as a machine would that has nothing but the package."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._outcomes: list[Any] = []
+
+    def capacity(self) -> int:
+        return 1
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        from sb3_lecture_dqn.tuning.engine import Outcome
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            try:
+                value = zoo.make_manager(settings, str(self.folder)).objective(optuna.trial.FixedTrial(params, number))
+                self._outcomes.append(Outcome(number, TrialState.COMPLETE, value))
+            except Exception as error:
+                self._outcomes.append(Outcome(number, TrialState.FAIL, reason=f"{type(error).__name__}: {error}"))
+
+    def wait(self, seconds: float) -> list[Any]:
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def answer(self, report: Any, is_pruned: bool) -> None: ...
+
+
+@pytest.fixture
+def tune_inline(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, for a short study, with that engine; the result is its exit status."""
+    engine = InlineEngine(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr(tune, "_enter_engine", lambda stack, arguments: engine)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: tune.main(["--eval-episodes", "1", "--sampler", "random", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("mine.yml", PLAIN), ("mine.py", f"import yaml\nhyperparams = yaml.safe_load({PLAIN!r})\n")]
+)
+def test_a_hyperparameter_file_goes_with_the_trials_to_machines_that_do_not_have_it(
+    name: str, content: str, tune_inline: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert tune_inline("--env", "CartPole-v1", "--trials", "1", "--conf-file", name) == 0
+    assert len(trained_models) == 2
+    assert all(map(is_plain, trained_models))
+
+
 def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
     script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
