@@ -298,6 +298,9 @@ def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]
         n_trials = manager.n_trials if manager.max_total_trials is None else manager.max_total_trials
         if n_trials < 1:
             raise SystemExit(f"error: the number of trials must be at least 1, got {n_trials}")
+        if manager.n_jobs != 1:  # its trials are threads, which would draw from the same seeded generators
+            advice = "start several processes on one --storage instead"
+            raise SystemExit(f"error: --n-jobs must be 1 for {ALGORITHM}, got {manager.n_jobs}: {advice}")
         # without a name nobody can join the study, nor take up what it lost
         if not manager.storage or not manager.study_name:
             return optimize(manager)

@@ -237,6 +237,12 @@ def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Pa
     assert len(optuna.load_study(study_name="short", storage=storage).trials) == 1
 
 
+@pytest.mark.parametrize("n_jobs", ["2", "-1"])
+def test_jobs_that_would_share_the_random_numbers_are_refused(zoo_train: Any, n_jobs: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: --n-jobs must be 1 for lecture_dqn, got {n_jobs}: start several processes"):
+        zoo_train(*SEARCH, "--n-trials", "2", "--n-jobs", n_jobs)
+
+
 def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: PostgresServer, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sb3_lecture_dqn.zoo", "train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *SEARCH]
     study_arguments = ["--storage", postgres.url(), "--study-name", "killed", "--max-total-trials", "4", "-f", str(tmp_path)]
