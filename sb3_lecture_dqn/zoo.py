@@ -34,7 +34,7 @@ from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
-from sb3_lecture_dqn.tuning.studies import Runner, open_study
+from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
 
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
@@ -327,11 +327,17 @@ def scoring_of(manager: Any) -> dict[str, Any]:
     return {
         "algorithm": manager.algo,
         "environment": manager.env_name.gym_id,
+        **{name: _as_json(getattr(manager, name)) for name in ENV_KWARGS},
         "n_timesteps": manager.n_timesteps,
         "n_evaluations": manager.n_evaluations,
         "eval_episodes": manager.n_eval_episodes,
         "seeds": [FIRST_SEED + index for index in range(manager.trial_seeds)],
     }
+
+
+def _as_json(value: Any) -> Any:
+    """A value as a database gives it back, where tuples are lists; what JSON does not know is its ``repr``."""
+    return json.loads(json.dumps(value, default=repr))
 
 
 def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
