@@ -20,7 +20,7 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
+from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
 from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
 
 ALGORITHM = "lecture_dqn"
@@ -282,12 +282,34 @@ def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, 
     def score(manager: Any, trial: Any) -> float:
         if manager.algo != ALGORITHM:
             return objective(manager, trial)
-        if hasattr(manager, "runner"):
-            manager.runner.claim(trial)
         manager._hyperparams = _Entry(manager._hyperparams)
-        return score_on_seeds(objective, manager, trial, manager.trial_seeds)
+        with _claimed(manager, trial):
+            return score_on_seeds(objective, manager, trial, manager.trial_seeds)
 
     return score
+
+
+@contextlib.contextmanager
+def _claimed(manager: Any, trial: Any) -> Iterator[None]:
+    if not hasattr(manager, "runner"):
+        yield
+        return
+    manager.runner.claim(trial)
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError:
+        raise
+    except Exception:
+        _check_held(manager.runner, trial)
+        raise
+    _check_held(manager.runner, trial)
+
+
+def _check_held(runner: Runner, trial: Any) -> None:
+    # as when this process was suspended: Optuna would overwrite what the other one says, or fail with a traceback
+    if not is_held(runner.study, trial, runner.id):
+        advice = "its result is dropped, start this one again"
+        raise SystemExit(f"error: trial {trial.number} was taken over by another process: {advice}")
 
 
 def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -289,6 +289,30 @@ def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: Po
     assert states("killed", postgres.url()).count(TrialState.COMPLETE) == 4
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_a_process_of_the_zoo_whose_trial_was_taken_over_stops_and_leaves_it_alone(
+    is_over: bool, is_pruned: bool, zoo_train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn_while_another_takes_over(model: LectureDQN, *args: Any, **kwargs: Any) -> None:
+        study = optuna.load_study(study_name="slow", storage=open_storage("study.log"))
+        put_back(study, study.trials[0])
+        trial = study.ask()
+        trial.set_user_attr("runner", "other")
+        if is_over:
+            study.tell(trial, 5.0)
+        if is_pruned:
+            raise ValueError("training has diverged")
+
+    monkeypatch.setattr(LectureDQN, "learn", learn_while_another_takes_over)
+    with pytest.raises(SystemExit, match=r"^error: trial 0 was taken over by another process: [^\n]+$"):
+        zoo_train(*SEARCH, "--storage", "study.log", "--study-name", "slow", "--n-trials", "1")
+    (trial,) = optuna.load_study(study_name="slow", storage=open_storage("study.log")).trials
+    assert trial.user_attrs["runner"] == "other"
+    assert trial.state == (TrialState.COMPLETE if is_over else TrialState.RUNNING)
+    assert trial.value == (5.0 if is_over else None)
+
+
 def test_two_processes_of_the_zoo_share_a_study(tmp_path: Path) -> None:
     url = str(tmp_path / "study.log")
     command = [sys.executable, "-m", "sb3_lecture_dqn.zoo", "train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *SEARCH]
