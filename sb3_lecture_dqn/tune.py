@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import gymnasium
 import optuna
+from optuna.trial import TrialState
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
@@ -91,7 +92,7 @@ def tune(arguments: argparse.Namespace) -> None:
     Run a study.
 
     :param arguments: What the command line said
-    :raises TuningError: if something is wrong, before anything starts
+    :raises TuningError: if something is wrong, before anything starts; or, at the end, if every trial has failed
     :raises KeyboardInterrupt: if the study was stopped; the same command continues it
     """
     if importlib.util.find_spec("ray") is None:
@@ -112,6 +113,7 @@ def tune(arguments: argparse.Namespace) -> None:
     check_address(arguments.ray_address)
     with tempfile.TemporaryDirectory() as folder, _one_line_errors():
         manager = zoo.make_manager(settings, folder, **search)
+        zoo.check_spaces(manager)
         trial_settings = zoo.with_conf_content(settings)
     storage = open_storage(_storage_url(arguments))
     with contextlib.ExitStack() as stack:
@@ -123,11 +125,20 @@ def tune(arguments: argparse.Namespace) -> None:
             driver = Driver(study, manager, trial_settings, engine, runner, arguments.seed)
             with _stopped_by_signals(driver) as signals:
                 driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
-    name = f"report_{arguments.env}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
+    name = f"report_{manager.env_name}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
     for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
         print(f"wrote {path}")
     if signals:
         raise KeyboardInterrupt
+    _check_success(study)
+
+
+def _check_success(study: optuna.Study) -> None:
+    trials = study.get_trials(deepcopy=False)
+    failures = [trial.user_attrs.get("failure", "no reason") for trial in trials if trial.state == TrialState.FAIL]
+    if not any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
+        what = f"all {len(failures)} trials of study {study.study_name!r}"
+        raise TuningError(f"{what} have failed, the last with {failures[-1]}")
 
 
 def _enter_engine(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> Any:
@@ -159,7 +170,7 @@ def _stopped_by_signals(driver: Any) -> Iterator[list[int]]:
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:
+    except (AssertionError, gymnasium.error.Error, ImportError, OSError, ValueError) as error:
         raise TuningError(first_line(error)) from error
 
 

@@ -35,6 +35,7 @@ from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_polic
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
 from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
+from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
@@ -454,6 +455,19 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
     with contextlib.redirect_stdout(io.StringIO()):
         manager.setup_experiment()
     return manager
+
+
+def check_spaces(manager: Any) -> None:
+    """
+    Check that the algorithm can train in the environment of a search, in which else every trial would fail.
+
+    :param manager: What :func:`make_manager` returned
+    :raises AssertionError: if its actions are not a DQN's
+    :raises ValueError: if its observations are none that the networks can take
+    """
+    with contextlib.closing(manager.create_envs(1, no_log=True)) as env:
+        check_action_space(env.action_space)
+        check_observation_space(env.observation_space)
 
 
 def make_sampler(manager: Any, seed: int) -> optuna.samplers.BaseSampler:

@@ -590,6 +590,25 @@ def test_a_hyperparameter_file_goes_with_the_trials_to_machines_that_do_not_have
     assert all(map(is_plain, trained_models))
 
 
+def test_a_study_whose_trials_have_all_failed_is_an_error(
+    tune_inline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN.replace("layer_norm", "layer_norms"))
+    assert tune_inline("--env", "CartPole-v1", "--trials", "2", "--conf-file", "mine.yml") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: all 2 trials of study 'lecture_dqn-CartPole-v1' have failed, the last with TypeError: ")
+    assert "layer_norms" in error
+
+
+def test_the_report_of_an_environment_with_a_slash_in_its_name_is_named_as_the_zoo_names_it(
+    tune_inline: Any, tmp_path: Path
+) -> None:
+    assert tune_inline("--env", "MinAtar/Breakout-v1", "--trials", "1", "-n", "150", "--pruner", "none") == 0
+    reports = [path.name for path in (tmp_path / "logs" / "lecture_dqn").iterdir() if path.suffix != ".db"]
+    assert len(reports) == 2
+    assert all(name.startswith("report_MinAtar-Breakout-v1_1-trials-150-random-none_") for name in reports)
+
+
 def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
     script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -628,6 +647,7 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     assert "auto or HOST:PORT" in one_line_error(capsys, *cartpole, "--ray-address", "ray://there")
     assert "--trials: must be at least 1, got 0" in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "0")
     assert "--seeds: must be at least 2, got 1" in one_line_error(capsys, *cartpole, "--seeds", "1")
+    assert "must have an action space Discrete(n)" in one_line_error(capsys, "--env", "Pendulum-v1", "--trials", "1")
     assert "CartPoel" in one_line_error(capsys, "--env", "CartPoel-v1", "--trials", "1")
     assert "no_such_package" in one_line_error(capsys, *cartpole, "--gym-packages", "no_such_package")
     assert "nowhere.yml" in one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml")
