@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
-from sb3_lecture_dqn.tuning.storage import TuningError, first_line, open_storage
+from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
 from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, open_study
 
 
@@ -172,6 +172,9 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (AssertionError, gymnasium.error.Error, ImportError, OSError, ValueError) as error:
         raise TuningError(first_line(error)) from error
+    except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:  # by the Python code in an entry
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise TuningError(f"the hyperparameter entry must be one that the zoo can use, got {reason}") from error
 
 
 def _study_name(arguments: argparse.Namespace) -> str:
@@ -179,11 +182,7 @@ def _study_name(arguments: argparse.Namespace) -> str:
 
 
 def _storage_url(arguments: argparse.Namespace) -> str:
-    return arguments.storage or f"sqlite:///{_default_storage_file(arguments)}"
-
-
-def _default_storage_file(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.log_folder).absolute() / zoo.ALGORITHM / "studies.db"
+    return arguments.storage or f"sqlite:///{Path(arguments.log_folder).absolute() / zoo.ALGORITHM / 'studies.db'}"
 
 
 def write_best(arguments: argparse.Namespace) -> None:
@@ -194,8 +193,9 @@ def write_best(arguments: argparse.Namespace) -> None:
     :raises TuningError: if there is no such trial, or the file cannot take it
     """
     no_study = f"there is no study {_study_name(arguments)!r} in the storage"
-    if not arguments.storage and not _default_storage_file(arguments).exists():
-        raise TuningError(no_study)
+    file = find_storage_file(_storage_url(arguments))
+    if file is not None and not file.exists():
+        raise TuningError(f"{no_study}: there is no file {file}")
     storage = open_storage(_storage_url(arguments))
     try:
         study = optuna.load_study(storage=storage, study_name=_study_name(arguments))

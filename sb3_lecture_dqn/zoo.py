@@ -235,18 +235,33 @@ def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[A
 
 
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    read = _naming_the_file(read_hyperparameters)
+
     @functools.wraps(read_hyperparameters)
     def read_and_check(manager: Any) -> Any:
         if manager.algo != ALGORITHM:
             return read_hyperparameters(manager)
-        _load_trial(manager, read_hyperparameters)
-        hyperparams, saved_hyperparams = read_hyperparameters(manager)
-        check_hyperparameter_keys(hyperparams)
+        _load_trial(manager, read)
+        hyperparams, saved_hyperparams = read(manager)
         manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
+        check_hyperparameter_keys(hyperparams)
         saved_hyperparams.pop("trial_seeds", None)
         return hyperparams, saved_hyperparams
 
     return read_and_check
+
+
+def _naming_the_file(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(manager: Any) -> Any:
+        try:
+            return read_hyperparameters(manager)
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # a Python file may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"--conf-file must hold hyperparameter entries, got {manager.config}: {reason}") from error
+
+    return read
 
 
 def _load_trial(manager: Any, read_hyperparameters: Callable[[Any], Any]) -> None:
@@ -365,15 +380,18 @@ def _as_json(value: Any) -> Any:
 
 def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
     """
-    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's.
+    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's, and none is missing.
 
     :param hyperparams: The entry of one environment
-    :raises ValueError: if there is another key
+    :raises ValueError: if there is another key, or one that each entry needs is missing
     """
     arguments = set(inspect.signature(LectureDQN).parameters) - {"env", "_init_setup_model"}
     for key in hyperparams:
         if key not in arguments | ZOO_KEYS:
             raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise ValueError(f"a hyperparameter entry must have {key}, got {', '.join(hyperparams) or 'an empty one'}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -503,6 +503,23 @@ def test_an_entry_is_added_and_every_other_byte_stays(study_with_two_trials: lis
     assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_keeps_its_line_endings_and_its_encoding(
+    ending: str, is_replaced: bool, study_with_two_trials: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yml"
+    others = OTHERS.format("").replace("of all things", "of all θ").replace("\n", ending).encode("utf-8")
+    old = f"CartPole-v1: {{batch_size: 8}}{ending}".encode()
+    file.write_bytes(others + old if is_replaced else others)
+    arguments = ["--replace"] if is_replaced else []
+    assert tune.main([*study_with_two_trials, "--output", str(file), *arguments]) == 0
+    written = file.read_bytes()
+    assert written.startswith(others)
+    assert written.count(ending.encode()) == written.count(b"\n") == len(written.splitlines())
+    assert yaml.safe_load(written)["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
+
+
 def test_an_existing_entry_is_replaced_only_when_asked(
     study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,6 +545,54 @@ def test_a_file_that_cannot_take_the_entry_is_named(
         capsys, *study_with_two_trials, "--output", str(tmp_path / "mine.yml"), "--conf-file", "nowhere.yml"
     )
     assert not (tmp_path / "mine.yml").exists()
+
+
+def test_an_entry_that_a_yml_file_cannot_hold_is_named(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf_file, output = tmp_path / "conf.py", tmp_path / "mine.yml"
+    entry = 'dict(n_timesteps=200, policy="MlpPolicy", policy_kwargs=dict(activation_fn=nn.ReLU))'
+    conf_file.write_text(f"from torch import nn\nhyperparams = {{'CartPole-v1': {entry}}}\n")
+    arguments = [*study_with_two_trials, "--conf-file", str(conf_file), "--output", str(output)]
+    assert "mine.yml cannot take the entry CartPole-v1: " in one_line_error(capsys, *arguments)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///nowhere.db", "nowhere.log", "sqlite:///no/folder.db"])
+def test_the_best_trial_is_not_looked_for_in_a_storage_that_is_made_for_it(
+    storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["best", "--env", "CartPole-v1", "--output", "mine.yml", "--storage", storage]
+    assert f"there is no file {storage.removeprefix('sqlite:///')}" in one_line_error(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("mine.yml", "CartPole-v1: [", "got mine.yml: ParserError: "),
+        ("mine.yml", "", "got mine.yml: AttributeError: "),
+        ("mine.yml", "CartPole-v1:", "got mine.yml: AttributeError: "),
+        (
+            "mine.yml",
+            "CartPole-v1: {policy: MlpPolicy}",
+            "a hyperparameter entry must have n_timesteps, got policy",
+        ),
+        ("mine.yml", "CartPole-v1: {n_timesteps: 9}", "a hyperparameter entry must have policy, got n_timesteps"),
+        ("mine.yml", PLAIN.replace("nn.ReLU", "RaLU"), "got NameError: name 'RaLU' is not defined"),
+        ("mine.yml", PLAIN.replace("nn.ReLU", "("), "got SyntaxError: "),
+        ("mine.py", "hyperparams = 1 / 0", "got mine.py: ZeroDivisionError: division by zero"),
+        ("mine.py", "", "got mine.py: KeyError: 'hyperparams'"),
+    ],
+)
+def test_a_hyperparameter_file_that_cannot_be_used_gets_one_line_and_leaves_nothing(
+    name: str, content: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert reason in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "1", "--conf-file", name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_entry_that_others_refer_to_is_not_replaced(

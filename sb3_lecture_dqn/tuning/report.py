@@ -157,23 +157,24 @@ def write_entry(path: Path, env_id: str, entry: dict[str, Any], comment: str, re
     :param replace: Whether an entry of that key may be replaced
     :raises TuningError: if there is one and it may not be, or if the file cannot take the entry
     """
-    text = path.read_text() if path.exists() else ""
-    added = f"# {comment}\n{yaml.safe_dump({env_id: entry}, sort_keys=True)}"
+    text = path.read_bytes().decode("utf-8") if path.exists() else ""
     try:
+        added = f"# {comment}\n{yaml.safe_dump({env_id: entry}, sort_keys=True)}"
         before = yaml.safe_load(text) or {}
         if not isinstance(before, dict):
             raise TuningError(f"{path} is not a hyperparameter file: its top level must be a mapping")
         if env_id in before and not replace:
             raise TuningError(f"{path} has an entry {env_id} already: --replace replaces it, with the comments inside")
         changed = _without_entry(text, env_id) if env_id in before else text
-        changed += ("" if changed.endswith("\n") or not changed else "\n") + ("\n" if changed.strip() else "") + added
+        added = ("" if changed.endswith("\n") or not changed else "\n") + ("\n" if changed.strip() else "") + added
+        changed += added.replace("\n", "\r\n" if "\r\n" in text else "\n")
         after = yaml.safe_load(changed)
     except yaml.YAMLError as error:
         raise TuningError(f"{path} cannot take the entry {env_id}: {' '.join(str(error).split())}") from error
     if after != {**before, env_id: entry}:
         raise TuningError(f"{path} cannot take the entry {env_id}: another entry would change")
     with replace_when_written(path) as unfinished:
-        unfinished.write_text(changed)
+        unfinished.write_bytes(changed.encode("utf-8"))
 
 
 def _without_entry(text: str, env_id: str) -> str:
