@@ -430,7 +430,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="for an experiment: other environment steps than the row's")
     parser.add_argument("--params", type=json.loads, default={}, help="for an experiment: JSON, set on top of the settings")
     arguments = parser.parse_args()
-    if (arguments.steps or arguments.params) and arguments.folder == FOLDER:
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
+    if (arguments.steps or arguments.params) and arguments.folder.resolve() == FOLDER.resolve():
         parser.error("--steps and --params need a --folder of their own: the committed results are of the rows as they are")
     return arguments
 

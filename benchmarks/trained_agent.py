@@ -34,7 +34,7 @@ from results import (
     greedy_returns,
     optimal_return,
 )
-from rl_zoo3.utils import create_test_env, get_saved_hyperparams
+from rl_zoo3.utils import EnvironmentName, create_test_env, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_lecture_dqn import LectureDQN
@@ -91,20 +91,21 @@ def publish(env_id: str, log_folder: Path, target: Path) -> LectureDQN:
     Copy what playing needs from the zoo's log folder, and nothing else.
 
     :param env_id: Environment id
-    :param log_folder: What the zoo's command has written, ``logs/lecture_dqn/<env>_1``
+    :param log_folder: What the zoo's command has written, ``logs/lecture_dqn/<env name>_1``
     :param target: The agent's folder; what is in it is replaced
     :return: The model
     :raises ValueError: if the model's file is too large
     """
+    env_name = EnvironmentName(env_id)
     shutil.rmtree(target, ignore_errors=True)
-    (target / env_id).mkdir(parents=True)
+    (target / env_name).mkdir(parents=True)
     for name in ("config.yml", "args.yml", "vecnormalize.pkl"):
-        source = log_folder / env_id / name
+        source = log_folder / env_name / name
         if source.exists():
-            shutil.copyfile(source, target / env_id / name)
-    model = LectureDQN.load(log_folder / f"{env_id}.zip", device="cpu")
+            shutil.copyfile(source, target / env_name / name)
+    model = LectureDQN.load(log_folder / f"{env_name}.zip", device="cpu")
     model.policy.optimizer.state.clear()
-    file = target / f"{env_id}.zip"
+    file = target / f"{env_name}.zip"
     model.save(file)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file} must have at most {MAX_BYTES} bytes, got {file.stat().st_size}")
@@ -113,7 +114,7 @@ def publish(env_id: str, log_folder: Path, target: Path) -> LectureDQN:
 
 def evaluate(model: LectureDQN, env_id: str, folder: Path, seed: int) -> list[float]:
     """The returns of greedy episodes in the environment that the zoo's enjoy makes of an agent's folder."""
-    hyperparams, stats_path = get_saved_hyperparams(str(folder / env_id), test_mode=True)
+    hyperparams, stats_path = get_saved_hyperparams(str(folder / EnvironmentName(env_id)), test_mode=True)
     env = create_test_env(
         env_id,
         n_envs=N_EVALUATION_ENVS,
@@ -158,13 +159,14 @@ def make_agent(env_id: str, seed: int, steps: int | None, agents: Path) -> Path:
     :param agents: The folder of all agents
     :return: The agent's folder
     """
-    target = agents / "lecture_dqn" / f"{env_id}_1"
+    env_name = EnvironmentName(env_id)  # the zoo's folders and files are named so
+    target = agents / "lecture_dqn" / f"{env_name}_1"
     with tempfile.TemporaryDirectory() as folder:
         command = train(env_id, seed, steps, Path(folder))
-        log_folder = Path(folder) / "logs" / "lecture_dqn" / f"{env_id}_1"
+        log_folder = Path(folder) / "logs" / "lecture_dqn" / f"{env_name}_1"
         model = publish(env_id, log_folder, target)
     returns = evaluate(model, env_id, target, seed)
-    config = yaml.unsafe_load((target / env_id / "config.yml").read_text())
+    config = yaml.unsafe_load((target / env_name / "config.yml").read_text())
     (target / "README.md").write_text(make_card(env_id, command, seed, int(steps or config["n_timesteps"]), returns))
     return target
 

@@ -1,5 +1,6 @@
 """What Optuna searches for LectureDQN: the hyperparameters that decide whether this algorithm learns."""
 
+import ast
 from typing import Any
 
 import optuna
@@ -67,3 +68,21 @@ def convert_lecture_dqn_params(sampled_params: dict[str, Any]) -> dict[str, Any]
         "policy_kwargs": {"net_arch": [params.pop("width")] * 2},
         **params,
     }
+
+
+def merge_policy_kwargs(of_entry: Any, of_trial: dict[str, Any]) -> Any:
+    """
+    Put what a trial drew into the ``policy_kwargs`` of the entry that its search started from; the rest of them stays.
+
+    :param of_entry: The entry's: a dictionary, Python code that makes one (as in rl_zoo3's yml files), or ``None``
+    :param of_trial: The trial's
+    :return: A dictionary, or code if the entry's are code, which may name classes that a yml file cannot hold
+    """
+    if not isinstance(of_entry, str):
+        return {**(of_entry or {}), **of_trial}
+    drawn = [ast.keyword(name, ast.parse(repr(value), mode="eval").body) for name, value in of_trial.items()]
+    call = ast.parse(of_entry.strip(), mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "dict":
+        call = ast.Call(ast.Name("dict"), [call], [])
+    call.keywords = [keyword for keyword in call.keywords if keyword.arg not in of_trial] + drawn
+    return ast.unparse(call)

@@ -24,11 +24,12 @@ from typing import Any, NoReturn
 
 import gymnasium
 import optuna
+from optuna.trial import TrialState
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
-from sb3_lecture_dqn.tuning.storage import TuningError, first_line, open_storage
+from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
 from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, open_study
 
 
@@ -91,7 +92,7 @@ def tune(arguments: argparse.Namespace) -> None:
     Run a study.
 
     :param arguments: What the command line said
-    :raises TuningError: if something is wrong, before anything starts
+    :raises TuningError: if something is wrong, before anything starts; or, at the end, if every trial has failed
     :raises KeyboardInterrupt: if the study was stopped; the same command continues it
     """
     if importlib.util.find_spec("ray") is None:
@@ -112,6 +113,8 @@ def tune(arguments: argparse.Namespace) -> None:
     check_address(arguments.ray_address)
     with tempfile.TemporaryDirectory() as folder, _one_line_errors():
         manager = zoo.make_manager(settings, folder, **search)
+        zoo.check_spaces(manager)
+        trial_settings = zoo.with_conf_content(settings)
     storage = open_storage(_storage_url(arguments))
     with contextlib.ExitStack() as stack:
         # to join a cluster starts nothing, so that comes first; a cluster of our own is started when all else is right
@@ -119,14 +122,23 @@ def tune(arguments: argparse.Namespace) -> None:
         study = open_study(storage, _study_name(arguments), zoo.scoring_of(manager))
         engine = cluster or _enter_engine(stack, arguments)
         with Runner(study, arguments.max_retries) as runner:
-            driver = Driver(study, manager, settings, engine, runner, arguments.seed)
+            driver = Driver(study, manager, trial_settings, engine, runner, arguments.seed)
             with _stopped_by_signals(driver) as signals:
                 driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
-    name = f"report_{arguments.env}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
+    name = f"report_{manager.env_name}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
     for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
         print(f"wrote {path}")
     if signals:
         raise KeyboardInterrupt
+    _check_success(study)
+
+
+def _check_success(study: optuna.Study) -> None:
+    trials = study.get_trials(deepcopy=False)
+    failures = [trial.user_attrs.get("failure", "no reason") for trial in trials if trial.state == TrialState.FAIL]
+    if not any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
+        what = f"all {len(failures)} trials of study {study.study_name!r}"
+        raise TuningError(f"{what} have failed, the last with {failures[-1]}")
 
 
 def _enter_engine(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> Any:
@@ -158,8 +170,11 @@ def _stopped_by_signals(driver: Any) -> Iterator[list[int]]:
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (gymnasium.error.Error, ImportError, OSError, ValueError) as error:
+    except (AssertionError, gymnasium.error.Error, ImportError, OSError, ValueError) as error:
         raise TuningError(first_line(error)) from error
+    except (AttributeError, KeyError, NameError, SyntaxError, TypeError) as error:  # by the Python code in an entry
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise TuningError(f"the hyperparameter entry must be one that the zoo can use, got {reason}") from error
 
 
 def _study_name(arguments: argparse.Namespace) -> str:
@@ -167,11 +182,7 @@ def _study_name(arguments: argparse.Namespace) -> str:
 
 
 def _storage_url(arguments: argparse.Namespace) -> str:
-    return arguments.storage or f"sqlite:///{_default_storage_file(arguments)}"
-
-
-def _default_storage_file(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.log_folder).absolute() / zoo.ALGORITHM / "studies.db"
+    return arguments.storage or f"sqlite:///{Path(arguments.log_folder).absolute() / zoo.ALGORITHM / 'studies.db'}"
 
 
 def write_best(arguments: argparse.Namespace) -> None:
@@ -182,8 +193,9 @@ def write_best(arguments: argparse.Namespace) -> None:
     :raises TuningError: if there is no such trial, or the file cannot take it
     """
     no_study = f"there is no study {_study_name(arguments)!r} in the storage"
-    if not arguments.storage and not _default_storage_file(arguments).exists():
-        raise TuningError(no_study)
+    file = find_storage_file(_storage_url(arguments))
+    if file is not None and not file.exists():
+        raise TuningError(f"{no_study}: there is no file {file}")
     storage = open_storage(_storage_url(arguments))
     try:
         study = optuna.load_study(storage=storage, study_name=_study_name(arguments))

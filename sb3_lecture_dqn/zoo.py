@@ -10,6 +10,7 @@ without it, this module runs any of the zoo's commands by itself::
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -20,8 +21,7 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +34,11 @@ from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.run_settings import NOT_GIVEN, check_same_run, in_few_words
-from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, sample_lecture_dqn_params
+from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, open_storage
-from sb3_lecture_dqn.tuning.studies import Runner, open_study
+from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
+from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
+from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
 #: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
@@ -50,6 +51,8 @@ DEFAULT_SAVE_FREQ = 10_000
 RUN_FILE = "zoo_run.json"
 #: Where the zoo's enjoy looks for an agent, and where its train writes one, unless they are told otherwise.
 AGENTS_FOLDER, LOGS_FOLDER = "rl-trained-agents", "logs"
+#: How the names of hyperparameter files end; any other name is a Python module's to the zoo.
+CONF_FILE_ENDINGS = (".yml", ".yaml", ".py")
 #: Keys of a hyperparameter entry that are the zoo's own (and, for a search, the number of seeds), not the constructor's.
 ZOO_KEYS = frozenset(
     {
@@ -299,14 +302,16 @@ def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[A
 
 
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    read = _naming_the_file(read_hyperparameters)
+
     @functools.wraps(read_hyperparameters)
     def read_and_check(manager: Any) -> Any:
         if manager.algo != ALGORITHM:
             return read_hyperparameters(manager)
-        _load_trial_0(manager)
-        hyperparams, saved_hyperparams = read_hyperparameters(manager)
-        check_hyperparameter_keys(hyperparams)
+        _load_trial(manager, read)
+        hyperparams, saved_hyperparams = read(manager)
         manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
+        check_hyperparameter_keys(hyperparams)
         saved_hyperparams.pop("trial_seeds", None)
         manager.given_hyperparams = dict(saved_hyperparams)
         return hyperparams, saved_hyperparams
@@ -314,11 +319,29 @@ def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[
     return read_and_check
 
 
-def _load_trial_0(manager: Any) -> None:
-    # to the zoo, --trial-id 0 looks like no --trial-id
-    if manager.storage and manager.study_name and manager.trial_id == 0:
-        hyperparams = manager.load_trial(manager.storage, manager.study_name, 0)
-        manager.custom_hyperparams = {**hyperparams, **(manager.custom_hyperparams or {})}
+def _naming_the_file(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(manager: Any) -> Any:
+        try:
+            return read_hyperparameters(manager)
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # a Python file may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"--conf-file must hold hyperparameter entries, got {manager.config}: {reason}") from error
+
+    return read
+
+
+def _load_trial(manager: Any, read_hyperparameters: Callable[[Any], Any]) -> None:
+    if not manager.storage or not manager.study_name or manager.trial_id is None:
+        return
+    # to the zoo, --trial-id 0 looks like no --trial-id; and it would lose the entry's policy_kwargs
+    trial_id, manager.trial_id = manager.trial_id, None
+    with contextlib.redirect_stdout(io.StringIO()):
+        entry = read_hyperparameters(manager)[1]
+    drawn = manager.load_trial(manager.storage, manager.study_name, trial_id)
+    drawn["policy_kwargs"] = merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])
+    manager.custom_hyperparams = {**drawn, **(manager.custom_hyperparams or {})}
 
 
 def _check_trial_seeds(trial_seeds: Any) -> int:
@@ -327,16 +350,50 @@ def _check_trial_seeds(trial_seeds: Any) -> int:
     return trial_seeds
 
 
+class _Entry(dict[str, Any]):
+    """An entry's hyperparameters, of which the zoo makes a copy and updates it with what a trial drew."""
+
+    def copy(self) -> "_Entry":
+        return _Entry(self)
+
+    def update(self, drawn: dict[str, Any]) -> None:  # type: ignore[override]
+        policy_kwargs = merge_policy_kwargs(self.get("policy_kwargs"), drawn["policy_kwargs"])
+        super().update(drawn, policy_kwargs=policy_kwargs)
+
+
 def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
     @functools.wraps(objective)
     def score(manager: Any, trial: Any) -> float:
         if manager.algo != ALGORITHM:
             return objective(manager, trial)
-        if hasattr(manager, "runner"):
-            manager.runner.claim(trial)
-        return score_on_seeds(objective, manager, trial, manager.trial_seeds)
+        manager._hyperparams = _Entry(manager._hyperparams)
+        with _claimed(manager, trial):
+            return score_on_seeds(objective, manager, trial, manager.trial_seeds)
 
     return score
+
+
+@contextlib.contextmanager
+def _claimed(manager: Any, trial: Any) -> Iterator[None]:
+    if not hasattr(manager, "runner"):
+        yield
+        return
+    manager.runner.claim(trial)
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError:
+        raise
+    except Exception:
+        _check_held(manager.runner, trial)
+        raise
+    _check_held(manager.runner, trial)
+
+
+def _check_held(runner: Runner, trial: Any) -> None:
+    # as when this process was suspended: Optuna would overwrite what the other one says, or fail with a traceback
+    if not is_held(runner.study, trial, runner.id):
+        advice = "its result is dropped, start this one again"
+        raise SystemExit(f"error: trial {trial.number} was taken over by another process: {advice}")
 
 
 def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -347,6 +404,9 @@ def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]
         n_trials = manager.n_trials if manager.max_total_trials is None else manager.max_total_trials
         if n_trials < 1:
             raise SystemExit(f"error: the number of trials must be at least 1, got {n_trials}")
+        if manager.n_jobs != 1:  # its trials are threads, which would draw from the same seeded generators
+            advice = "start several processes on one --storage instead"
+            raise SystemExit(f"error: --n-jobs must be 1 for {ALGORITHM}, got {manager.n_jobs}: {advice}")
         # without a name nobody can join the study, nor take up what it lost
         if not manager.storage or not manager.study_name:
             return optimize(manager)
@@ -373,6 +433,7 @@ def scoring_of(manager: Any) -> dict[str, Any]:
     return {
         "algorithm": manager.algo,
         "environment": manager.env_name.gym_id,
+        **{name: _as_json(getattr(manager, name)) for name in ENV_KWARGS},
         "n_timesteps": manager.n_timesteps,
         "n_evaluations": manager.n_evaluations,
         "eval_episodes": manager.n_eval_episodes,
@@ -380,20 +441,28 @@ def scoring_of(manager: Any) -> dict[str, Any]:
     }
 
 
+def _as_json(value: Any) -> Any:
+    """A value as a database gives it back, where tuples are lists; what JSON does not know is its ``repr``."""
+    return json.loads(json.dumps(value, default=repr))
+
+
 def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
     """
-    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's.
+    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's, and none is missing.
 
     :param hyperparams: The entry of one environment
-    :raises ValueError: if there is another key
+    :raises ValueError: if there is another key, or one that each entry needs is missing
     """
     arguments = set(inspect.signature(LectureDQN).parameters) - {"env", "_init_setup_model"}
     for key in hyperparams:
         if key not in arguments | ZOO_KEYS:
             raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise ValueError(f"a hyperparameter entry must have {key}, got {', '.join(hyperparams) or 'an empty one'}")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrialSettings:
     """
     What a trial of the engine needs to know: the arguments of rl_zoo3.train that decide its score.
@@ -405,6 +474,7 @@ class TrialSettings:
     :param seeds: Number of seeds, at least 2
     :param conf_file: Hyperparameter file; ``None`` for this project's
     :param gym_packages: Modules that register environments
+    :param conf_content: What is in that file, for a machine that has no such file; see :func:`with_conf_content`
     """
 
     env: str
@@ -414,6 +484,28 @@ class TrialSettings:
     seeds: int = DEFAULT_SEEDS
     conf_file: str | None = None
     gym_packages: tuple[str, ...] = ()
+    conf_content: bytes | None = None
+
+
+def with_conf_content(settings: TrialSettings) -> TrialSettings:
+    """
+    Read the hyperparameter file, so that trials may run where it is not.
+
+    :param settings: What decides the score of a trial
+    :return: The same with what is in the file; a Python module stays a name, and must be on every machine
+    :raises OSError: if the file cannot be read
+    """
+    if settings.conf_file is None or not settings.conf_file.endswith(CONF_FILE_ENDINGS):
+        return settings
+    return dataclasses.replace(settings, conf_content=Path(settings.conf_file).read_bytes())
+
+
+def _find_conf_file(settings: TrialSettings, folder: Path) -> str | None:
+    if settings.conf_file is None or settings.conf_content is None:
+        return settings.conf_file
+    file = folder / Path(settings.conf_file).name
+    file.write_bytes(settings.conf_content)
+    return str(file)
 
 
 def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any:
@@ -421,7 +513,7 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
     Make the zoo's manager of a search, as ``rl_zoo3.train -optimize`` does, silently.
 
     :param settings: What decides the score of a trial
-    :param log_folder: Where the zoo may make its folders
+    :param log_folder: Where the zoo may make its folders; it must exist if the settings bring what is in a file
     :param search: rl_zoo3's ``sampler``, ``pruner`` and ``n_startup_trials``
     :return: An ``ExperimentManager`` whose ``objective`` may be called
     :raises ValueError: if the hyperparameter entry is wrong
@@ -440,7 +532,7 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
         n_evaluations=settings.n_evaluations,
         n_eval_episodes=settings.eval_episodes,
         hyperparams={"trial_seeds": settings.seeds},
-        config=settings.conf_file,
+        config=_find_conf_file(settings, Path(log_folder)),
         optimize_hyperparameters=True,
         device="cpu",
         verbose=0,
@@ -449,6 +541,19 @@ def make_manager(settings: TrialSettings, log_folder: str, **search: Any) -> Any
     with contextlib.redirect_stdout(io.StringIO()):
         manager.setup_experiment()
     return manager
+
+
+def check_spaces(manager: Any) -> None:
+    """
+    Check that the algorithm can train in the environment of a search, in which else every trial would fail.
+
+    :param manager: What :func:`make_manager` returned
+    :raises AssertionError: if its actions are not a DQN's
+    :raises ValueError: if its observations are none that the networks can take
+    """
+    with contextlib.closing(manager.create_envs(1, no_log=True)) as env:
+        check_action_space(env.action_space)
+        check_observation_space(env.observation_space)
 
 
 def make_sampler(manager: Any, seed: int) -> optuna.samplers.BaseSampler:

@@ -134,10 +134,23 @@ def test_runs_are_interleaved_seed_by_seed() -> None:
     assert [(run.seed, run.algorithm) for run in runs] == [(0, "lecture_dqn"), (0, "dqn"), (1, "lecture_dqn"), (1, "dqn")]
 
 
-def test_an_experiment_does_not_touch_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--params", '{"gamma": 0.9}'])
+@pytest.mark.parametrize("folder", [[], ["--folder", "results"], ["--folder", "../benchmarks/results"]])
+def test_an_experiment_does_not_touch_the_committed_results(folder: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
+    monkeypatch.chdir(results.FOLDER.parent)
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--params", '{"gamma": 0.9}', *folder])
     with pytest.raises(SystemExit, match="2"):
         results.main()
+
+
+def test_no_processes_are_refused_rather_than_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--processes", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert capsys.readouterr().err.endswith("error: --processes must be at least 1, got 0\n")
 
 
 def test_a_killed_run_loses_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,19 @@ def test_an_agent_has_what_playing_needs_and_a_card(made_agent: Path) -> None:
     assert "| environment steps | 1 200 |" in (made_agent / "README.md").read_text(encoding="utf-8")
 
 
+def test_an_agent_of_an_environment_with_a_slash_in_its_name_is_where_enjoy_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rl_zoo3.utils import EnvironmentName, get_model_path
+
+    monkeypatch.setattr(trained_agent, "MAX_BYTES", 10_000_000)
+    monkeypatch.setattr(trained_agent, "FINAL_EPISODES", 10)
+    folder = trained_agent.make_agent("MinAtar/Breakout-v1", 3, 100, tmp_path)
+    env_name = EnvironmentName("MinAtar/Breakout-v1")
+    assert get_model_path(0, str(tmp_path), "lecture_dqn", env_name)[1] == str(folder / "MinAtar-Breakout-v1.zip")
+    assert "--env MinAtar/Breakout-v1 -f rl-trained-agents" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_agent_says_nothing_about_the_machine_it_was_made_on(made_agent: Path) -> None:
     contents = [path.read_bytes() for path in made_agent.rglob("*") if path.suffix in (".yml", ".md")]
     with zipfile.ZipFile(made_agent / "CartPole-v1.zip") as archive:

@@ -17,9 +17,13 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from postgres import PostgresServer
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, tune, zoo
+from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.processes import here
+from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
@@ -104,6 +108,93 @@ def test_a_trial_scores_the_same_wherever_and_whenever_it_runs(tmp_path: Path) -
     assert values[0] == values[1]
 
 
+#: One trial's values: small, so that it is quick.
+PARAMS = {
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "constant",
+    "batch_size": 32,
+    "buffer_size": 10_000,
+    "learning_starts": 100,
+    "one_minus_gamma": 0.01,
+    "train_freq": 4,
+    "update_ratio": 0.25,
+    "target_update_interval": 50,
+    "exploration_fraction": 0.1,
+    "exploration_final_eps": 0.05,
+    "width": 64,
+}
+
+
+@pytest.fixture
+def trained_models(monkeypatch: pytest.MonkeyPatch) -> list[LectureDQN]:
+    """The models that are trained, in their order."""
+    models: list[LectureDQN] = []
+    learn = LectureDQN.learn
+
+    def noted_learn(model: LectureDQN, *args: Any, **kwargs: Any) -> LectureDQN:
+        models.append(model)
+        return learn(model, *args, **kwargs)
+
+    monkeypatch.setattr(LectureDQN, "learn", noted_learn)
+    return models
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "RoboParking-v0", "MinAtar/Breakout-v1"])
+def test_a_trial_of_a_shipped_entry_trains_the_network_of_that_entry(
+    env: str, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    settings = zoo.TrialSettings(env, n_timesteps=160, eval_episodes=1)
+    zoo.make_manager(settings, str(tmp_path)).objective(optuna.trial.FixedTrial(PARAMS))
+    assert len(trained_models) == 2  # one for each seed
+    encoder = minatar_breakout.Encoder if "MinAtar" in env else FlattenExtractor
+    for model in trained_models:
+        assert model._n_updates > 0
+        assert model.q_net.net_arch == [64, 64]
+        assert isinstance(model.q_net.features_extractor, encoder)
+
+
+PLAIN = "CartPole-v1: {n_timesteps: 200, policy: MlpPolicy, policy_kwargs: 'dict(layer_norm=False, activation_fn=nn.ReLU)'}"
+
+
+def is_plain(model: LectureDQN) -> bool:
+    layers = [type(layer) for layer in model.q_net.q_net]
+    return nn.ReLU in layers and nn.LayerNorm not in layers
+
+
+def test_a_trial_keeps_the_policy_kwargs_of_the_users_own_entry(trained_models: list[LectureDQN], tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN)
+    settings = zoo.TrialSettings("CartPole-v1", eval_episodes=1, conf_file=str(tmp_path / "mine.yml"))
+    zoo.make_manager(settings, str(tmp_path)).objective(optuna.trial.FixedTrial(PARAMS))
+    assert all(is_plain(model) and model.q_net.net_arch == [64, 64] for model in trained_models)
+
+
+def test_the_zoos_own_search_and_a_run_of_its_trial_keep_the_policy_kwargs_of_the_entry(
+    zoo_train: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN)
+    study_arguments = ["-conf", "mine.yml", "--storage", "study.log", "--study-name", "plain", "--seed", "0"]
+    zoo_train(*study_arguments, *SEARCH, "--n-trials", "2")
+    width = optuna.load_study(study_name="plain", storage=open_storage("study.log")).trials[1].params["width"]
+    zoo_train(*study_arguments, "--trial-id", "1", "-n", "60", "--eval-freq", "-1")
+    assert len(trained_models) == 5
+    assert all(map(is_plain, trained_models))
+    assert trained_models[-1].q_net.net_arch == [width] * 2
+
+
+@pytest.mark.parametrize(
+    ("of_entry", "merged"),
+    [
+        (None, {"net_arch": [64, 64]}),
+        ({"layer_norm": False, "net_arch": [8]}, {"layer_norm": False, "net_arch": [64, 64]}),
+        (" dict(net_arch=[8], activation_fn=nn.ReLU)", "dict(activation_fn=nn.ReLU, net_arch=[64, 64])"),
+        ("{'layer_norm': False}", "dict({'layer_norm': False}, net_arch=[64, 64])"),
+        ("dict({'net_arch': [8]}, a=1)", "dict(dict({'net_arch': [8]}, a=1), net_arch=[64, 64])"),
+    ],
+)
+def test_policy_kwargs_are_merged_in_the_notation_of_the_entry(of_entry: Any, merged: Any) -> None:
+    assert merge_policy_kwargs(of_entry, {"net_arch": [64, 64]}) == merged
+
+
 @pytest.mark.parametrize("trial_seeds", [1, "many"])
 def test_fewer_than_two_seeds_are_refused(zoo_train: Any, trial_seeds: Any) -> None:
     with pytest.raises(ValueError, match="trial_seeds must be an integer of at least 2, got"):
@@ -146,6 +237,42 @@ def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Pa
     assert len(optuna.load_study(study_name="short", storage=storage).trials) == 1
 
 
+def test_a_study_is_not_continued_with_other_arguments_of_its_environment(zoo_train: Any) -> None:
+    study = [*SEARCH, "--storage", "study.log", "--study-name", "rewards", "--n-trials", "1"]
+    zoo_train(*study)
+    refusal = r"^error: study 'rewards' was made with {} {{}}, got {{'sutton_barto_reward': True}}: choose another[^\n]+$"
+    for option in ("env_kwargs", "eval_env_kwargs"):
+        with pytest.raises(SystemExit, match=refusal.format(option)):
+            zoo_train(*study, f"--{option.replace('_', '-')}", "sutton_barto_reward:True")
+    assert len(optuna.load_study(study_name="rewards", storage=open_storage("study.log")).trials) == 1
+
+
+def test_a_study_is_continued_with_the_same_arguments_of_its_environment(storage_url: str, tmp_path: Path) -> None:
+    manager = zoo.make_manager(SETTINGS, str(tmp_path / "zoo"))
+    manager.env_kwargs = {"size": (2, 3), "reward": int}  # which JSON knows as a list, and not at all
+    for _ in range(2):
+        study = open_study(open_storage(storage_url), "arguments", zoo.scoring_of(manager))
+    assert study.user_attrs[SCORING]["env_kwargs"] == {"size": [2, 3], "reward": "<class 'int'>"}
+
+
+def test_a_study_from_before_arguments_were_noted_had_none(zoo_train: Any) -> None:
+    study_arguments = [*SEARCH, "--storage", "study.log", "--study-name", "old", "--n-trials", "1"]
+    zoo_train(*study_arguments)
+    study = optuna.load_study(study_name="old", storage=open_storage("study.log"))
+    scoring = study.user_attrs[SCORING]
+    study.set_user_attr(SCORING, {key: value for key, value in scoring.items() if "kwargs" not in key})
+    with pytest.raises(SystemExit, match=r"was made with env_kwargs \{\}, got"):
+        zoo_train(*study_arguments, "--env-kwargs", "sutton_barto_reward:True")
+    zoo_train(*study_arguments)
+    assert len(study.trials) == 2
+
+
+@pytest.mark.parametrize("n_jobs", ["2", "-1"])
+def test_jobs_that_would_share_the_random_numbers_are_refused(zoo_train: Any, n_jobs: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: --n-jobs must be 1 for lecture_dqn, got {n_jobs}: start several [^\n]+$"):
+        zoo_train(*SEARCH, "--n-trials", "2", "--n-jobs", n_jobs)
+
+
 def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: PostgresServer, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sb3_lecture_dqn.zoo", "train", "--algo", "lecture_dqn", "--env", "CartPole-v1", *SEARCH]
     study_arguments = ["--storage", postgres.url(), "--study-name", "killed", "--max-total-trials", "4", "-f", str(tmp_path)]
@@ -160,6 +287,30 @@ def test_a_killed_process_of_the_zoo_leaves_its_trial_to_the_others(postgres: Po
     assert result.returncode == 0, result.stderr
     assert states("killed", postgres.url()).count(TrialState.RUNNING) == 0
     assert states("killed", postgres.url()).count(TrialState.COMPLETE) == 4
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_a_process_of_the_zoo_whose_trial_was_taken_over_stops_and_leaves_it_alone(
+    is_over: bool, is_pruned: bool, zoo_train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn_while_another_takes_over(model: LectureDQN, *args: Any, **kwargs: Any) -> None:
+        study = optuna.load_study(study_name="slow", storage=open_storage("study.log"))
+        put_back(study, study.trials[0])
+        trial = study.ask()
+        trial.set_user_attr("runner", "other")
+        if is_over:
+            study.tell(trial, 5.0)
+        if is_pruned:
+            raise ValueError("training has diverged")
+
+    monkeypatch.setattr(LectureDQN, "learn", learn_while_another_takes_over)
+    with pytest.raises(SystemExit, match=r"^error: trial 0 was taken over by another process: [^\n]+$"):
+        zoo_train(*SEARCH, "--storage", "study.log", "--study-name", "slow", "--n-trials", "1")
+    (trial,) = optuna.load_study(study_name="slow", storage=open_storage("study.log")).trials
+    assert trial.user_attrs["runner"] == "other"
+    assert trial.state == (TrialState.COMPLETE if is_over else TrialState.RUNNING)
+    assert trial.value == (5.0 if is_over else None)
 
 
 def test_two_processes_of_the_zoo_share_a_study(tmp_path: Path) -> None:
@@ -323,6 +474,17 @@ def test_the_best_trial_becomes_an_entry_that_the_zoo_trains(
     assert yaml.safe_load((tmp_path / "mine.yml").read_text())["CartPole-v1"]["n_timesteps"] == 200
 
 
+def test_the_best_entry_keeps_the_policy_kwargs_of_the_entry_that_the_search_started_from(
+    study_with_two_trials: list[str], zoo_train: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / "plain.yml").write_text(PLAIN)
+    assert tune.main([*study_with_two_trials, "-conf", "plain.yml", "--output", "mine.yml"]) == 0
+    zoo_train("-conf", "mine.yml", "-n", "60", "--eval-freq", "-1")
+    (model,) = trained_models
+    assert is_plain(model)
+    assert model.q_net.net_arch == [best_params(study_with_two_trials)["width"]] * 2
+
+
 OTHERS = """\
 # of all things
 Acrobot-v1: &base  # shared
@@ -339,6 +501,23 @@ def test_an_entry_is_added_and_every_other_byte_stays(study_with_two_trials: lis
     assert tune.main([*study_with_two_trials, "--output", str(file)]) == 0
     assert file.read_text().startswith(OTHERS.format(""))
     assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_keeps_its_line_endings_and_its_encoding(
+    ending: str, is_replaced: bool, study_with_two_trials: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yml"
+    others = OTHERS.format("").replace("of all things", "of all θ").replace("\n", ending).encode("utf-8")
+    old = f"CartPole-v1: {{batch_size: 8}}{ending}".encode()
+    file.write_bytes(others + old if is_replaced else others)
+    arguments = ["--replace"] if is_replaced else []
+    assert tune.main([*study_with_two_trials, "--output", str(file), *arguments]) == 0
+    written = file.read_bytes()
+    assert written.startswith(others)
+    assert written.count(ending.encode()) == written.count(b"\n") == len(written.splitlines())
+    assert yaml.safe_load(written)["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
 
 
 def test_an_existing_entry_is_replaced_only_when_asked(
@@ -368,6 +547,54 @@ def test_a_file_that_cannot_take_the_entry_is_named(
     assert not (tmp_path / "mine.yml").exists()
 
 
+def test_an_entry_that_a_yml_file_cannot_hold_is_named(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf_file, output = tmp_path / "conf.py", tmp_path / "mine.yml"
+    entry = 'dict(n_timesteps=200, policy="MlpPolicy", policy_kwargs=dict(activation_fn=nn.ReLU))'
+    conf_file.write_text(f"from torch import nn\nhyperparams = {{'CartPole-v1': {entry}}}\n")
+    arguments = [*study_with_two_trials, "--conf-file", str(conf_file), "--output", str(output)]
+    assert "mine.yml cannot take the entry CartPole-v1: " in one_line_error(capsys, *arguments)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///nowhere.db", "nowhere.log", "sqlite:///no/folder.db"])
+def test_the_best_trial_is_not_looked_for_in_a_storage_that_is_made_for_it(
+    storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["best", "--env", "CartPole-v1", "--output", "mine.yml", "--storage", storage]
+    assert f"there is no file {storage.removeprefix('sqlite:///')}" in one_line_error(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("mine.yml", "CartPole-v1: [", "got mine.yml: ParserError: "),
+        ("mine.yml", "", "got mine.yml: AttributeError: "),
+        ("mine.yml", "CartPole-v1:", "got mine.yml: AttributeError: "),
+        (
+            "mine.yml",
+            "CartPole-v1: {policy: MlpPolicy}",
+            "a hyperparameter entry must have n_timesteps, got policy",
+        ),
+        ("mine.yml", "CartPole-v1: {n_timesteps: 9}", "a hyperparameter entry must have policy, got n_timesteps"),
+        ("mine.yml", PLAIN.replace("nn.ReLU", "RaLU"), "got NameError: name 'RaLU' is not defined"),
+        ("mine.yml", PLAIN.replace("nn.ReLU", "("), "got SyntaxError: "),
+        ("mine.py", "hyperparams = 1 / 0", "got mine.py: ZeroDivisionError: division by zero"),
+        ("mine.py", "", "got mine.py: KeyError: 'hyperparams'"),
+    ],
+)
+def test_a_hyperparameter_file_that_cannot_be_used_gets_one_line_and_leaves_nothing(
+    name: str, content: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert reason in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "1", "--conf-file", name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_entry_that_others_refer_to_is_not_replaced(
     study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +604,74 @@ def test_an_entry_that_others_refer_to_is_not_replaced(
     assert tune.main([*study_with_two_trials, "--output", str(file), "--replace"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert file.read_text() == before
+
+
+class InlineEngine:
+    """An engine that runs each trial at once, in this process, as a machine would that has nothing but the package."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._outcomes: list[Any] = []
+
+    def capacity(self) -> int:
+        return 1
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        from sb3_lecture_dqn.tuning.engine import Outcome
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            try:
+                value = zoo.make_manager(settings, str(self.folder)).objective(optuna.trial.FixedTrial(params, number))
+                self._outcomes.append(Outcome(number, TrialState.COMPLETE, value))
+            except Exception as error:
+                self._outcomes.append(Outcome(number, TrialState.FAIL, reason=f"{type(error).__name__}: {error}"))
+
+    def wait(self, seconds: float) -> list[Any]:
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def answer(self, report: Any, is_pruned: bool) -> None: ...
+
+
+@pytest.fixture
+def tune_inline(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, for a short study, with that engine; the result is its exit status."""
+    engine = InlineEngine(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setattr(tune, "_enter_engine", lambda stack, arguments: engine)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: tune.main(["--eval-episodes", "1", "--sampler", "random", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("mine.yml", PLAIN), ("mine.py", f"import yaml\nhyperparams = yaml.safe_load({PLAIN!r})\n")]
+)
+def test_a_hyperparameter_file_goes_with_the_trials_to_machines_that_do_not_have_it(
+    name: str, content: str, tune_inline: Any, trained_models: list[LectureDQN], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert tune_inline("--env", "CartPole-v1", "--trials", "1", "--conf-file", name) == 0
+    assert len(trained_models) == 2
+    assert all(map(is_plain, trained_models))
+
+
+def test_a_study_whose_trials_have_all_failed_is_an_error(
+    tune_inline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN.replace("layer_norm", "layer_norms"))
+    assert tune_inline("--env", "CartPole-v1", "--trials", "2", "--conf-file", "mine.yml") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: all 2 trials of study 'lecture_dqn-CartPole-v1' have failed, the last with TypeError: ")
+    assert "layer_norms" in error
+
+
+def test_the_report_of_an_environment_with_a_slash_in_its_name_is_named_as_the_zoo_names_it(
+    tune_inline: Any, tmp_path: Path
+) -> None:
+    assert tune_inline("--env", "MinAtar/Breakout-v1", "--trials", "1", "-n", "150", "--pruner", "none") == 0
+    reports = [path.name for path in (tmp_path / "logs" / "lecture_dqn").iterdir() if path.suffix != ".db"]
+    assert len(reports) == 2
+    assert all(name.startswith("report_MinAtar-Breakout-v1_1-trials-150-random-none_") for name in reports)
 
 
 def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
@@ -417,6 +712,7 @@ def test_bad_input_gets_one_line_and_starts_nothing(
     assert "auto or HOST:PORT" in one_line_error(capsys, *cartpole, "--ray-address", "ray://there")
     assert "--trials: must be at least 1, got 0" in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "0")
     assert "--seeds: must be at least 2, got 1" in one_line_error(capsys, *cartpole, "--seeds", "1")
+    assert "must have an action space Discrete(n)" in one_line_error(capsys, "--env", "Pendulum-v1", "--trials", "1")
     assert "CartPoel" in one_line_error(capsys, "--env", "CartPoel-v1", "--trials", "1")
     assert "no_such_package" in one_line_error(capsys, *cartpole, "--gym-packages", "no_such_package")
     assert "nowhere.yml" in one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml")

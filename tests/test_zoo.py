@@ -513,6 +513,9 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
         function = getattr(exp_manager.ExperimentManager, method)
         assert list(inspect.signature(function).parameters) == ["self", *parameters], f"{advice} ({method})"
     assert "self.seed" in inspect.getsource(exp_manager.ExperimentManager.create_envs), f"{advice} (the environments' seed)"
+    objective = inspect.getsource(exp_manager.ExperimentManager.objective)
+    for step in ("kwargs = self._hyperparams.copy()", "kwargs.update(sampled_hyperparams)"):
+        assert step in objective, f"{advice} (_Entry)"
     created = inspect.getsource(exp_manager.ExperimentManager)
     attributes = ["save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"]
     attributes += ["n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env_class"]

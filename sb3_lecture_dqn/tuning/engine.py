@@ -29,7 +29,7 @@ CONNECT_SECONDS = 5.0
 #: The preface of HTTP/2 and an empty frame of settings, whose header names length, type, flags and stream.
 FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])
-#: Tasks and results are a few hundred bytes; Ray would take a third of the memory.
+#: Tasks and results are a few hundred bytes, and a hyperparameter file; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
 
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.files import replace_when_written
-from sb3_lecture_dqn.search_space import convert_lecture_dqn_params
+from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs
 from sb3_lecture_dqn.tuning.storage import TuningError
 
 #: A line of progress at least so often.
@@ -141,7 +141,9 @@ def best_entry(study: optuna.Study, settings: zoo.TrialSettings) -> dict[str, An
         raise TuningError(f"study {study.study_name!r} has no complete trial") from error
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder)
-    return {**zoo.read_entry(manager), "n_timesteps": manager.n_timesteps, **convert_lecture_dqn_params(params)}
+    entry, drawn = zoo.read_entry(manager), convert_lecture_dqn_params(params)
+    drawn["policy_kwargs"] = merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])
+    return {**entry, "n_timesteps": manager.n_timesteps, **drawn}
 
 
 def write_entry(path: Path, env_id: str, entry: dict[str, Any], comment: str, replace: bool) -> None:
@@ -155,23 +157,24 @@ def write_entry(path: Path, env_id: str, entry: dict[str, Any], comment: str, re
     :param replace: Whether an entry of that key may be replaced
     :raises TuningError: if there is one and it may not be, or if the file cannot take the entry
     """
-    text = path.read_text() if path.exists() else ""
-    added = f"# {comment}\n{yaml.safe_dump({env_id: entry}, sort_keys=True)}"
+    text = path.read_bytes().decode("utf-8") if path.exists() else ""
     try:
+        added = f"# {comment}\n{yaml.safe_dump({env_id: entry}, sort_keys=True)}"
         before = yaml.safe_load(text) or {}
         if not isinstance(before, dict):
             raise TuningError(f"{path} is not a hyperparameter file: its top level must be a mapping")
         if env_id in before and not replace:
             raise TuningError(f"{path} has an entry {env_id} already: --replace replaces it, with the comments inside")
         changed = _without_entry(text, env_id) if env_id in before else text
-        changed += ("" if changed.endswith("\n") or not changed else "\n") + ("\n" if changed.strip() else "") + added
+        added = ("" if changed.endswith("\n") or not changed else "\n") + ("\n" if changed.strip() else "") + added
+        changed += added.replace("\n", "\r\n" if "\r\n" in text else "\n")
         after = yaml.safe_load(changed)
     except yaml.YAMLError as error:
         raise TuningError(f"{path} cannot take the entry {env_id}: {' '.join(str(error).split())}") from error
     if after != {**before, env_id: entry}:
         raise TuningError(f"{path} cannot take the entry {env_id}: another entry would change")
     with replace_when_written(path) as unfinished:
-        unfinished.write_text(changed)
+        unfinished.write_bytes(changed.encode("utf-8"))
 
 
 def _without_entry(text: str, env_id: str) -> str:

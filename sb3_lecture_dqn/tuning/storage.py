@@ -156,7 +156,7 @@ def open_storage(url: str) -> BaseStorage:
     """
     try:
         if url.endswith(".log"):
-            Path(url).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(url)
             return JournalStorage(JournalFileBackend(url))
         return _open_database(url)
     except (exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError) as error:
@@ -177,9 +177,26 @@ def _open_database(url: str) -> PatientStorage:
 
 
 def _make_folder(url: str) -> None:
-    database = make_url(url).database
-    if database and not database.startswith(("file:", ":memory:")):
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    file = find_storage_file(url)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def find_storage_file(url: str) -> Path | None:
+    """
+    Say which file a storage is.
+
+    :param url: As :func:`open_storage` takes it
+    :return: The journal or SQLite file; ``None`` for a server, a database in memory, or what is no storage
+    """
+    if url.endswith(".log"):
+        return Path(url)
+    try:
+        parts = make_url(url)
+    except exc.ArgumentError:
+        return None
+    is_file = parts.get_backend_name() == "sqlite" and parts.database and not parts.database.startswith(("file:", ":memory:"))
+    return Path(parts.database or "") if is_file else None
 
 
 def wait_for_outages(storage: BaseStorage) -> None:
