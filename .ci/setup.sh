@@ -3,8 +3,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 10))'; then
-    echo "sb3-lecture-dqn needs Python 3.10 or newer, got $("$python" --version 2>&1)" >&2
+if ! "$python" -c 'import sys; raise SystemExit(not (3, 10) <= sys.version_info < (3, 14))'; then
+    echo "sb3-lecture-dqn needs Python 3.10 to 3.13, got $("$python" --version 2>&1); PYTHON=python3.13 names another" >&2
     exit 1
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv

@@ -1,17 +1,17 @@
 """
-Play greedy episodes of the latest trained model, and print their mean return.
+Play greedy episodes of the latest trained model, in the environment that it was trained in, and print their mean return.
 
     python examples/evaluate.py --env LunarLander-v2 --episodes 20
 """
 
 import argparse
+from pathlib import Path
 
-import gymnasium
 import numpy as np
+import yaml
 from huggingface_sb3 import EnvironmentName
-from rl_zoo3.utils import get_model_path
+from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -25,10 +25,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1_000_000, help="seed of the first episode")
     arguments = parser.parse_args()
 
-    _, model_path, _ = get_model_path(0, arguments.folder, "lecture_dqn", EnvironmentName(arguments.env))
+    env_name = EnvironmentName(arguments.env)
+    _, model_path, run_folder = get_model_path(0, arguments.folder, "lecture_dqn", env_name)
     model = LectureDQN.load(model_path)
-    env = Monitor(gymnasium.make(arguments.env))
-    env.reset(seed=arguments.seed)
+    # as the zoo's enjoy makes it: with its arguments, wrappers and normalisation
+    settings = Path(run_folder, env_name)
+    hyperparams, stats_path = get_saved_hyperparams(str(settings), test_mode=True)
+    env_kwargs = yaml.unsafe_load((settings / "args.yml").read_text())["env_kwargs"]
+    env = create_test_env(
+        arguments.env,
+        stats_path=stats_path,
+        seed=arguments.seed,
+        should_render=False,
+        hyperparams=hyperparams,
+        env_kwargs=env_kwargs,
+    )
     returns, _ = evaluate_policy(model, env, n_eval_episodes=arguments.episodes, return_episode_rewards=True)
     print(
         f"{model_path}: mean return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {arguments.episodes} greedy episodes"

@@ -8,12 +8,14 @@ Needs ``sb3-lecture-dqn[extra]``.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
+import yaml
 from huggingface_sb3 import EnvironmentName
 from PIL import Image
-from rl_zoo3.utils import get_model_path
+from rl_zoo3.utils import get_model_path, get_saved_hyperparams, get_wrapper_class
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -43,6 +45,18 @@ def play(model: LectureDQN, env: gymnasium.Env[np.ndarray, int], observation: np
     return frames + [frames[-1]] * FRAMES_AT_REST
 
 
+def make_env(env_id: str, settings: Path) -> gymnasium.Env[Any, int]:
+    """The environment that a model was trained in, with its arguments and wrappers, and with pictures."""
+    hyperparams, _ = get_saved_hyperparams(str(settings), test_mode=True)
+    env_kwargs = yaml.unsafe_load((settings / "args.yml").read_text())["env_kwargs"] or {}
+    for name in ("frame_stack", "normalize"):
+        if hyperparams.get(name):
+            raise SystemExit(f"error: --env must be of an entry without {name}, got {env_id}: take rl_zoo3.record_video")
+    env = gymnasium.make(env_id, render_mode="rgb_array", **env_kwargs)
+    wrap = get_wrapper_class(hyperparams)
+    return env if wrap is None else wrap(env)
+
+
 def main() -> None:
     """Load, play, film."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,10 +68,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=3, help="keep each so many-th frame")
     arguments = parser.parse_args()
 
-    _, model_path, _ = get_model_path(0, arguments.folder, "lecture_dqn", EnvironmentName(arguments.env))
+    env_name = EnvironmentName(arguments.env)
+    _, model_path, run_folder = get_model_path(0, arguments.folder, "lecture_dqn", env_name)
     model = LectureDQN.load(model_path, device="cpu")
-    env = gymnasium.make(arguments.env, render_mode="rgb_array")
-    frames = []
+    env = make_env(arguments.env, Path(run_folder, env_name))
+    frames: list[np.ndarray] = []
     for seed in arguments.seeds:
         observation, _ = env.reset(seed=seed)
         frames += play(model, env, observation)[:: arguments.every]

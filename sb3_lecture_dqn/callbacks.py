@@ -42,7 +42,7 @@ class OverestimationCallback(BaseCallback):
     :param eval_env: The environment to play in. ``None`` takes that of the run's ``EvalCallback``, whose own episodes then
         draw other initial states than without this callback; or, without one, makes the training environment again by its id
     :param eval_freq: Number of steps of each training environment between two evaluations, at least 1; ``None`` takes that of
-        the run's ``EvalCallback``, or 10 000 without one
+        the run's ``EvalCallback``, or 10 000 without one that evaluates
     :param n_eval_episodes: Number of episodes in an evaluation, at least 1
     :param verbose: 0 for no output, 1 for a line at each evaluation (the model's logger writes the values in any case)
     :raises ValueError: if a number is out of its range; or, when training starts, if ``eval_env`` is ``None`` and the training
@@ -67,7 +67,8 @@ class OverestimationCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         eval_callback = _find_eval_callback(self.locals["callback"])
-        self._steps_between = self.eval_freq or (eval_callback.eval_freq if eval_callback else DEFAULT_EVAL_FREQ)
+        of_callback = eval_callback.eval_freq if eval_callback is not None else 0
+        self._steps_between = self.eval_freq or (of_callback if of_callback > 0 else DEFAULT_EVAL_FREQ)
         if self.eval_env is not None:
             self._env = self.model._wrap_env(self.eval_env, monitor_wrapper=False)
         elif eval_callback is not None:
@@ -123,6 +124,8 @@ class _DiscountedReturns:
         self._reward_scale = _reward_normalizer(model.get_vec_normalize_env(), env)
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        if "is_pause" in locals_["info"]:  # of a GymVectorVecEnv: a step between two episodes
+            return
         env_index = locals_["i"]
         if self._starts_episode[env_index]:
             self.first_q_values.append(self._q_value(locals_["observations"], locals_["actions"], env_index))
@@ -173,5 +176,8 @@ def _make_again(training_env: VecEnv) -> gymnasium.Env[Any, Any]:
     for wrapper in spec.additional_wrappers:
         if wrapper.kwargs is None:
             raise ValueError(f"eval_env must be given when the training environment is wrapped in {wrapper.name}")
-    spec.kwargs.pop("render_mode", None)
+    # a native vector environment has the arguments of gymnasium.make_vec there
+    spec.max_episode_steps = spec.kwargs.pop("max_episode_steps", spec.max_episode_steps)
+    for name in ("render_mode", "num_envs", "vectorization_mode", "autoreset_mode"):
+        spec.kwargs.pop(name, None)
     return gymnasium.make(spec)

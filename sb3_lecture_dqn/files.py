@@ -46,7 +46,8 @@ def replace_when_written(target: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(unfinished, target)
     except OSError as error:
-        error.filename = error.filename or str(target)  # the system's error of a full disk names none
+        if error.errno is not None and error.filename is None:  # the system's error of a full disk names none
+            error.filename = str(target)
         raise
     finally:
         unfinished.unlink(missing_ok=True)

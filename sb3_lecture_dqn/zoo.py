@@ -1,8 +1,8 @@
 """
 Everything that touches rl_zoo3: what makes ``python -m rl_zoo3.train --algo lecture_dqn`` work.
 
-rl_zoo3 has no plugins. :mod:`sb3_lecture_dqn.zoo_startup` calls :data:`EXTENSIONS` when the zoo's modules are imported; or,
-without it, this module runs any of the zoo's commands by itself::
+rl_zoo3 has no plugins. ``zoo_startup.py``, which Python's start-up runs, calls :data:`EXTENSIONS` when the zoo's modules are
+imported; or, without it, this module runs any of the zoo's commands by itself::
 
     python -m sb3_lecture_dqn.zoo train --algo lecture_dqn --env LunarLander-v2
 """
@@ -41,7 +41,7 @@ from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
 from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
-#: Environment variable that switches :mod:`sb3_lecture_dqn.zoo_startup` off when it is ``0``.
+#: Environment variable that switches ``zoo_startup.py`` off when it is ``0``.
 SWITCH = "SB3_LECTURE_DQN_ZOO"
 #: Environment variable that names a folder for checkpoints, from which the same command, started again, continues.
 CHECKPOINTS = "SB3_LECTURE_DQN_CHECKPOINTS"

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.wrappers import TimeLimit, TransformReward
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.logger import configure
@@ -17,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.callbacks import OverestimationCallback
+from sb3_lecture_dqn.envs import GymVectorVecEnv
 
 GAMMA = 0.9
 # Nothing falls over in five steps, and every step gives r = 1.
@@ -107,6 +109,27 @@ def test_alone_it_makes_the_training_environment_again_with_its_wrappers(tmp_pat
     env = TransformReward(make_env(), lambda reward: 2 * reward)
     (line,) = run(make_model(env), OverestimationCallback(eval_freq=20), tmp_path)
     assert line["eval/discounted_return"] == pytest.approx(2 * FIVE_REWARDS)
+
+
+@pytest.mark.parametrize("eval_freq", [0, -1])
+def test_an_eval_callback_that_never_evaluates_gives_no_frequency(eval_freq: int, tmp_path: Path) -> None:
+    eval_callback = EvalCallback(make_env(), eval_freq=eval_freq, warn=False, verbose=0)
+    assert run(make_model("CartPole-v1"), CallbackList([OverestimationCallback(), eval_callback]), tmp_path) == []
+
+
+def test_alone_it_makes_a_native_vector_environment_again(tmp_path: Path) -> None:
+    env = GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=4))
+    model = make_model(env, q_values=(0.0, 0.0, 0.0, 0.0))
+    (line,) = run(model, OverestimationCallback(eval_freq=5), tmp_path)
+    assert line["eval/discounted_return"] < 0
+
+
+def test_a_pause_between_two_episodes_is_none(tmp_path: Path) -> None:
+    eval_env = GymVectorVecEnv(CartPoleVectorEnv(num_envs=2))
+    callback = OverestimationCallback(eval_env, eval_freq=20, n_eval_episodes=10)
+    (line,) = run(make_model("CartPole-v1"), callback, tmp_path)
+    # to push in one direction falls after 8 to 10 steps
+    assert sum(GAMMA**t for t in range(8)) <= line["eval/discounted_return"] <= sum(GAMMA**t for t in range(10))
 
 
 def test_the_return_is_in_the_unit_of_normalised_rewards(tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from sb3_lecture_dqn import LectureDQN
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = [
@@ -62,6 +66,36 @@ def test_a_picture_is_committed_at_a_sensible_size(path: Path) -> None:
     picture = REPOSITORY / "docs" / "images" / f"{path.stem}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    ("example", "wrapper", "env_kwargs", "shown"),
+    [
+        # no reward but for the end of an episode
+        ("evaluate.py --episodes 3", None, {"sutton_barto_reward": True}, "mean return -1.0 ± 0.0"),
+        # five steps, the picture before them, and eight at rest
+        (
+            "film.py --every 1 --width 60 --gif film.gif",
+            {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 5}},
+            None,
+            "wrote film.gif, 14 frames",
+        ),
+    ],
+)
+def test_a_model_plays_in_the_environment_that_it_was_trained_in(
+    example: str, wrapper: Any, env_kwargs: Any, shown: str, tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1"
+    LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}).save(run_folder / "CartPole-v1.zip")
+    (run_folder / "CartPole-v1").mkdir()
+    (run_folder / "CartPole-v1" / "config.yml").write_text(yaml.dump({"env_wrapper": wrapper}))
+    (run_folder / "CartPole-v1" / "args.yml").write_text(yaml.dump({"env_kwargs": env_kwargs}))
+    script, *arguments = example.split()
+    command = [sys.executable, str(REPOSITORY / "examples" / script), "--env", "CartPole-v1", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert shown in result.stdout
 
 
 def test_the_quickest_example_runs_and_draws(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
@@ -156,7 +157,7 @@ def test_what_resets_in_the_next_step_alone_has_the_same_episodes_with_a_pause_b
             if pauses[i]:
                 n_pauses += 1
                 assert (rewards[i], dones[i]) == (0, True)
-                assert set(infos[i]) == {"terminal_observation", "TimeLimit.truncated"}
+                assert set(infos[i]) == {"terminal_observation", "TimeLimit.truncated", "is_pause"}
                 assert not infos[i]["TimeLimit.truncated"]
                 assert_same(infos[i]["terminal_observation"], row(previous_observations, i))
                 assert ours.reset_infos[i] == single.unwrapped.reset_infos[0]
@@ -205,6 +206,9 @@ def test_anything_but_a_vector_environment_is_refused() -> None:
 
 
 def test_a_vector_environment_must_say_how_it_resets() -> None:
+    for wrapper in (DictInfoToList, NormalizeObservation):
+        with pytest.raises(ValueError, match=f"env must not be wrapped in {wrapper.__name__}"):
+            GymVectorVecEnv(wrapper(RoboParkingVectorEnv(2)))
     env = RoboParkingVectorEnv(2)
     env.metadata = {}
     with pytest.raises(ValueError, match="env must have an AutoresetMode"):

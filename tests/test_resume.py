@@ -329,7 +329,7 @@ class OtherBitFlipping(BitFlippingEnv):
         (
             lambda: make_vec_env("CartPole-v1"),
             lambda: make_vec_env("CartPole-v1", wrapper_class=ClipReward, wrapper_kwargs={"max_reward": 0.5}),
-            r"env must be .*\(1 x Monitor\(TimeLimit.*, got .*\(1 x ClipReward\(Monitor\(TimeLimit",
+            r"env must be .*\(1 x Monitor\(.*, got .*\(1 x ClipReward\(Monitor\(",
         ),
         (
             lambda: GymVectorVecEnv(gymnasium.make_vec("RoboParking-v0", num_envs=2)),

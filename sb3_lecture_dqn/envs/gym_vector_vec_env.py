@@ -6,7 +6,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -32,13 +33,13 @@ class GymVectorVecEnv(VecEnv):
     Any other vector environment in the next-step mode (Gymnasium's ``CartPoleVectorEnv``) resets an ended sub-environment one
     step later, takes no action for it in that step, and cannot do it sooner without stepping the others. The step that ends
     the episode then gives the last observation once more, and the next one is a pause: its reward is 0, and it is done, with
-    that observation as its ``terminal_observation``, and without ``episode``, so that ``Monitor``'s statistics and
-    ``evaluate_policy`` do not count it. All transitions of the episode are what they would be; what is learned from a pause is
-    that an ended episode is worth 0.
+    that observation as its ``terminal_observation``, with ``is_pause``, and without ``episode``, so that ``Monitor``'s
+    statistics and ``evaluate_policy`` do not count it. All transitions of the episode are what they would be; what is learned
+    from a pause is that an ended episode is worth 0.
 
     :param env: The vector environment
     :raises TypeError: if it is not a Gymnasium ``VectorEnv``
-    :raises ValueError: if it does not declare its autoreset mode
+    :raises ValueError: if it does not declare its autoreset mode, or has a wrapper of Gymnasium's that does not fit
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -50,6 +51,7 @@ class GymVectorVecEnv(VecEnv):
         self.env = env
         self._is_same_step = mode == AutoresetMode.SAME_STEP
         self._resets_some = mode == AutoresetMode.DISABLED or isinstance(env.unwrapped, RESETS_SOME)
+        self._check_wrappers()
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = env.metadata
         self._actions = np.zeros(0)
@@ -57,6 +59,15 @@ class GymVectorVecEnv(VecEnv):
         self._episode_returns = np.zeros(self.num_envs, dtype=np.float32)
         self._episode_lengths = np.zeros(self.num_envs, dtype=np.int32)
         self._paused: dict[int, Any] = {}  # the last observations of the sub-environments that pause
+
+    def _check_wrappers(self) -> None:
+        layer: Any = self.env
+        while isinstance(layer, VectorWrapper):
+            if isinstance(layer, DictInfoToList):
+                raise ValueError("env must not be wrapped in DictInfoToList: SB3 gets a list of infos anyway")
+            if isinstance(layer, NormalizeObservation) and self._resets_some:
+                raise ValueError("env must not be wrapped in NormalizeObservation, which cannot reset some: take VecNormalize")
+            layer = layer.env
 
     def reset(self) -> Any:  # SB3's VecEnvObs
         """
@@ -152,7 +163,7 @@ class GymVectorVecEnv(VecEnv):
         """The info of the step that reset a sub-environment is that of its reset; the pause itself has next to none."""
         self._end_episode(i)  # the next one counts from 0
         self.reset_infos[i] = {key: value for key, value in info_of_each[i].items() if key != "TimeLimit.truncated"}
-        info_of_each[i] = {"TimeLimit.truncated": False, "terminal_observation": final_observation}
+        info_of_each[i] = {"TimeLimit.truncated": False, "terminal_observation": final_observation, "is_pause": True}
 
     def _end_episode(self, i: int) -> dict[str, Any]:
         seconds = round(time.time() - self._start_time, 6)

@@ -39,4 +39,6 @@ class SingleVecEnv(DummyVecEnv):
             observation, self.reset_infos[0] = env.reset()
         observations = np.empty(self._batch_shape, self.observation_space.dtype)
         observations[0] = observation
-        return observations, np.array([reward], np.float32), np.array([done], bool), [deepcopy(info)]
+        rewards = np.empty(1, np.float32)
+        rewards[0] = reward  # what is no number is refused here
+        return observations, rewards, np.array([done], bool), [deepcopy(info)]
