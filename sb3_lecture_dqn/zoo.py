@@ -93,6 +93,9 @@ def _find_hyperparams_file() -> Path:
 HYPERPARAMS_FILE = _find_hyperparams_file()
 
 
+# --- What is put into the zoo's modules -----------------------------------------------------------------------------------
+
+
 def add_algorithm(utils: Any) -> None:
     """
     Make the algorithm a choice of ``--algo``, and its own trainings what the zoo plays where there is no trained agent.
@@ -153,6 +156,9 @@ def _signature_with(function: Callable[..., Any], *parameters: str) -> inspect.S
     return signature
 
 
+# --- Playing --------------------------------------------------------------------------------------------------------------
+
+
 def _looking_in_the_logs_too(get_model_path: Callable[..., Any]) -> Callable[..., Any]:
     signature = _signature_with(get_model_path, "exp_id", "folder", "algo", "env_name")
 
@@ -181,6 +187,9 @@ def _skipping_runs_without_a_model(given: dict[str, Any]) -> dict[str, Any]:
     models = Path(given["folder"], ALGORITHM).glob("*/*.zip")
     matches = [run_name.fullmatch(path.parent.name) for path in models]
     return {**given, "exp_id": max((int(match[1]) for match in matches if match), default=0)}
+
+
+# --- Runs, and their checkpoints ------------------------------------------------------------------------------------------
 
 
 def _with_our_config(init: Callable[..., None]) -> Callable[..., None]:
@@ -301,6 +310,9 @@ def _leaving_no_empty_run(setup_experiment: Callable[[Any], Any]) -> Callable[[A
     return set_up_or_clean_up
 
 
+# --- Hyperparameter entries -----------------------------------------------------------------------------------------------
+
+
 def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[Any], Any]:
     read = _naming_the_file(read_hyperparameters)
 
@@ -348,6 +360,25 @@ def _check_trial_seeds(trial_seeds: Any) -> int:
     if not isinstance(trial_seeds, int) or trial_seeds < 2:
         raise ValueError(f"trial_seeds must be an integer of at least 2, got {trial_seeds!r}")
     return trial_seeds
+
+
+def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
+    """
+    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's, and none is missing.
+
+    :param hyperparams: The entry of one environment
+    :raises ValueError: if there is another key, or one that each entry needs is missing
+    """
+    arguments = set(inspect.signature(LectureDQN).parameters) - {"env", "_init_setup_model"}
+    for key in hyperparams:
+        if key not in arguments | ZOO_KEYS:
+            raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise ValueError(f"a hyperparameter entry must have {key}, got {', '.join(hyperparams) or 'an empty one'}")
+
+
+# --- Searches -------------------------------------------------------------------------------------------------------------
 
 
 class _Entry(dict[str, Any]):
@@ -446,20 +477,7 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=repr))
 
 
-def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
-    """
-    Check that each key of a hyperparameter entry is an argument of ``LectureDQN`` or one of the zoo's, and none is missing.
-
-    :param hyperparams: The entry of one environment
-    :raises ValueError: if there is another key, or one that each entry needs is missing
-    """
-    arguments = set(inspect.signature(LectureDQN).parameters) - {"env", "_init_setup_model"}
-    for key in hyperparams:
-        if key not in arguments | ZOO_KEYS:
-            raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
-    for key in ("n_timesteps", "policy"):
-        if key not in hyperparams:
-            raise ValueError(f"a hyperparameter entry must have {key}, got {', '.join(hyperparams) or 'an empty one'}")
+# --- Trials outside of the zoo's own search -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,6 +608,9 @@ def read_entry(manager: Any) -> dict[str, Any]:
     """
     with contextlib.redirect_stdout(io.StringIO()):
         return dict(manager.read_hyperparameters()[1])
+
+
+# --- Commands -------------------------------------------------------------------------------------------------------------
 
 
 def register() -> None:
