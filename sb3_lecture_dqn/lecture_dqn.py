@@ -64,6 +64,7 @@ from sb3_lecture_dqn.validation import (
     check_int_at_least,
     check_observation_space,
     check_policy_class,
+    check_replay_buffer_class,
     check_train_freq,
 )
 
@@ -311,6 +312,7 @@ class LectureDQN(OffPolicyAlgorithm):
             value = getattr(self, name)
             setattr(self, name, value.item() if isinstance(value, np.generic) else value)
         self.train_freq = check_train_freq(self.train_freq)
+        check_replay_buffer_class(self.replay_buffer_class)
 
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""

@@ -205,10 +205,10 @@ class LectureDQNPolicy(BasePolicy):
         """
         try:
             net_args = self._update_features_extractor(self.net_args, features_extractor=None)
-        except (RuntimeError, AttributeError) as error:
+        except (AssertionError, AttributeError, RuntimeError) as error:
             encoder = self.features_extractor_class
-            if isinstance(error, AttributeError) and not encoder.__module__.startswith("stable_baselines3."):
-                raise  # a mistake in an encoder of a user's own
+            if not isinstance(error, RuntimeError) and not encoder.__module__.startswith("stable_baselines3."):
+                raise  # of an encoder of a user's own
             got = in_one_line(f"{self.observation_space}: {error}")
             raise ValueError(f"env must have observations that {encoder.__name__} can take, got {got}") from error
         return QNetwork(**net_args).to(self.device)

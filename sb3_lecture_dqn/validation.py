@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 
 #: Arguments of ``LectureDQN`` that are a number, or ``None``, and nothing else.
 NUMERIC_ARGUMENTS = (
@@ -182,6 +183,18 @@ def check_policy_class(policy: Any, aliases: Mapping[str, type], policy_class: t
     if not is_known:
         shown = policy.__name__ if isinstance(policy, type) else repr(policy)
         raise ValueError(f"policy must be one of {', '.join(aliases)} or a subclass of {policy_class.__name__}, got {shown}")
+
+
+def check_replay_buffer_class(replay_buffer_class: Any) -> None:
+    """
+    Check that a class is one of replay buffers.
+
+    :param replay_buffer_class: What the user passed; ``None`` for the default
+    :raises ValueError: if it is not a subclass of SB3's ``ReplayBuffer``
+    """
+    is_class = isinstance(replay_buffer_class, type)
+    if replay_buffer_class is not None and not (is_class and issubclass(replay_buffer_class, ReplayBuffer)):
+        raise ValueError(f"replay_buffer_class must be a subclass of SB3's ReplayBuffer, got {replay_buffer_class!r}")
 
 
 def _is_int(value: Any) -> bool:
