@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import trained_agent
 from hatchling.builders.wheel import WheelBuilder
+from results import read_results
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -92,6 +94,17 @@ def test_training_goes_on_from_an_agent(made_agent: Path) -> None:
 @pytest.mark.parametrize("folder", AGENTS, ids=lambda folder: folder.name)
 def test_a_committed_agent_loads_is_small_and_has_a_card(folder: Path) -> None:
     check_agent(folder)
+
+
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "CartPole-v1", "LunarLander-v2", "MountainCar-v0"])
+def test_an_agents_card_says_what_the_table_says_of_its_seed(env_id: str) -> None:
+    """RoboParking's agent was trained for more steps than the row."""
+    card = (trained_agent.AGENTS / "lecture_dqn" / f"{env_id}_1" / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"\| seed \| (\d+) \|\n\| return \| \*\*(\S+) ± (\S+)\*\*", card)
+    assert found is not None
+    run = ("lecture_dqn", int(found[1]))
+    (returns,) = [result["returns"] for result in read_results(env_id) if (result["algorithm"], result["seed"]) == run]
+    assert (found[2], found[3]) == (f"{np.mean(returns):.2f}", f"{np.std(returns):.2f}")
 
 
 def test_every_agent_that_the_readme_plays_is_there() -> None:
