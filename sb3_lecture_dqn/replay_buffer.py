@@ -44,16 +44,16 @@ class ContiguousReplayBuffer(ReplayBuffer):
         if self.handle_timeout_termination:
             dones = dones * (1 - batch["timeouts"])
         return ReplayBufferSamples(
-            observations=self._to_device(self._normalize_obs(batch["observations"], env)),
+            observations=self._to_device(_in_one_piece(self._normalize_obs(batch["observations"], env))),
             actions=self._to_device(batch["actions"]),
-            next_observations=self._to_device(self._normalize_obs(batch["next_observations"], env)),
+            next_observations=self._to_device(_in_one_piece(self._normalize_obs(batch["next_observations"], env))),
             dones=self._to_device(dones[:, None]),
             rewards=self._to_device(self._normalize_reward(batch["rewards"][:, None], env)),
         )
 
     def _to_device(self, array: Any) -> th.Tensor:
-        # a copy of the buffer already, but the fields lie side by side in it, and an encoder may want to view its input anew
-        return th.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        # the batch is a copy already
+        return th.from_numpy(array).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies."""
@@ -62,3 +62,8 @@ class ContiguousReplayBuffer(ReplayBuffer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_views()
+
+
+def _in_one_piece(observations: Any) -> Any:
+    # the fields of a record lie side by side, and an encoder may want to view its input in another shape
+    return np.ascontiguousarray(observations)
