@@ -15,7 +15,6 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
     metrics = evaluate(env, pi)                         # predict(deterministic=True), by EvalCallback
 """
 
-import contextlib
 import inspect
 import io
 import warnings
@@ -33,6 +32,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -57,6 +57,7 @@ from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.threads import threads_for
 from sb3_lecture_dqn.validation import (
     NUMERIC_ARGUMENTS,
+    as_plain_number,
     check_above_zero,
     check_action_space,
     check_at_least,
@@ -305,12 +306,12 @@ class LectureDQN(OffPolicyAlgorithm):
         check_at_least("learning_starts", self.learning_starts, 0)
         if not callable(self.learning_rate):
             check_at_least("learning_rate", self.learning_rate, 0)
+            self.learning_rate = float(self.learning_rate)
         if self.max_grad_norm is not None:
             check_above_zero("max_grad_norm", self.max_grad_norm, allow_infinity=True)
         # numpy's numbers are not enough for PyTorch, for Python's deque and for JSON
-        for name in (*NUMERIC_ARGUMENTS, "learning_rate", "_stats_window_size"):
-            value = getattr(self, name)
-            setattr(self, name, value.item() if isinstance(value, np.generic) else value)
+        for name in (*NUMERIC_ARGUMENTS, "_stats_window_size"):
+            setattr(self, name, as_plain_number(getattr(self, name)))
         self.train_freq = check_train_freq(self.train_freq)
         check_replay_buffer_class(self.replay_buffer_class)
 
@@ -691,8 +692,12 @@ class LectureDQN(OffPolicyAlgorithm):
         :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm; nothing is changed then
         """
         if not isinstance(load_path_or_dict, dict):
-            with contextlib.suppress(MissingPolicyError):  # only its numbers are taken
+            try:
                 check_model_file(load_path_or_dict, LectureDQNPolicy, type(self).__name__)
+            except MissingPolicyError:  # its numbers are enough, if they are of such a network
+                _, parameters, _ = load_from_zip_file(load_path_or_dict, load_data=False, device=device)
+                if set(parameters["policy"]) != set(self.policy.state_dict()):
+                    raise
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._divergence_watch = DivergenceWatch(is_trained=True)
 

@@ -27,7 +27,7 @@ from torch import nn
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MultiInputPolicy
-from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, in_one_line
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, as_plain_number, in_one_line
 
 FORMAT_VERSION = 1
 #: What a file may name: a name is looked up here and nowhere else.
@@ -171,7 +171,7 @@ def _name_of(cls: Any, known: dict[str, type[Any]], argument: str) -> str:
 
 
 def _check_numbers(values: dict[str, Any], argument: str) -> dict[str, Any]:
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    plain = {name: as_plain_number(value) for name, value in values.items()}
     for name, value in plain.items():
         numbers = value if isinstance(value, (tuple, list)) else [value]
         if not all(isinstance(number, (int, float, bool, type(None))) for number in numbers):

@@ -108,6 +108,18 @@ def check_net_arch(net_arch: Any) -> list[int]:
     return [int(size) for size in net_arch]
 
 
+def as_plain_number(value: Any) -> Any:
+    """
+    A number as Python's own, whichever library it is of.
+
+    :param value: A number, or anything else
+    :return: An ``int`` or a ``float``; anything else as it is
+    """
+    if _is_int(value):
+        return int(value)
+    return float(value) if _is_real(value) else value
+
+
 def in_one_line(value: Any) -> str:
     """
     A value as an error shows it.

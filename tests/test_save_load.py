@@ -190,25 +190,36 @@ def test_parameters_of_another_algorithm_are_refused_and_nothing_is_changed(trai
 
 
 @pytest.fixture
-def of_a_lost_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model file whose policy class is in a module that is not there any more."""
-    source = "from sb3_lecture_dqn.policies import LectureDQNPolicy\nclass Lost(LectureDQNPolicy): ...\n"
+def of_lost_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model file of ours and one of SB3's DQN, whose policy classes are in a module that is not there any more."""
+    source = """
+from sb3_lecture_dqn.policies import LectureDQNPolicy
+from stable_baselines3.dqn.policies import DQNPolicy
+class Lost(LectureDQNPolicy): ...
+class LostToo(DQNPolicy): ...
+"""
     (tmp_path / "lost_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    lost_class = importlib.import_module("lost_module").Lost
-    LectureDQN(lost_class, "CartPole-v1", policy_kwargs={"net_arch": [16]}, seed=3).save(tmp_path / "model.zip")
+    lost = importlib.import_module("lost_module")
+    settings: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "seed": 3}
+    LectureDQN(lost.Lost, "CartPole-v1", **settings).save(tmp_path / "model.zip")
+    DQN(lost.LostToo, "CartPole-v1", **settings).save(tmp_path / "other.zip")
     monkeypatch.delitem(sys.modules, "lost_module")
     (tmp_path / "lost_module.py").unlink()
     importlib.invalidate_caches()
-    return tmp_path / "model.zip"
+    return tmp_path / "model.zip", tmp_path / "other.zip"
 
 
-def test_a_policy_whose_class_is_gone_can_be_replaced(of_a_lost_class: Path) -> None:
+def test_a_policy_whose_class_is_gone_can_be_replaced(of_lost_classes: tuple[Path, Path]) -> None:
+    ours, other = of_lost_classes
     with pytest.raises(ValueError, match=r'custom_objects give a "policy_class", got .*model\.zip: No module named'):
-        LectureDQN.load(of_a_lost_class)
-    loaded = LectureDQN.load(of_a_lost_class, custom_objects={"policy_class": MlpPolicy})
+        LectureDQN.load(ours)
+    loaded = LectureDQN.load(ours, custom_objects={"policy_class": MlpPolicy})
     model = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16]})
-    model.set_parameters(str(of_a_lost_class))
+    model.set_parameters(str(ours))
+    np.testing.assert_array_equal(q_values(model), q_values(loaded))
+    with pytest.raises(ValueError, match="path must be a model whose policy can be imported"):
+        model.set_parameters(str(other), exact_match=False)
     np.testing.assert_array_equal(q_values(model), q_values(loaded))
 
 

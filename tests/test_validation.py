@@ -1,6 +1,7 @@
 """Bad input: one line that names the argument, what it was and what it may be, before any training."""
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import gymnasium
@@ -63,6 +64,13 @@ def test_only_discrete_actions_from_zero_are_taken(action_space: spaces.Space[An
 def test_values_out_of_range_are_named(argument: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument} must be .*{re.escape(allowed)}, got {re.escape(repr(value))}$"):
         LectureDQN("MlpPolicy", "CartPole-v1", **{argument: value})
+
+
+def test_numbers_of_other_libraries_become_pythons_own() -> None:
+    numbers: dict[str, Any] = {"learning_rate": Fraction(1, 8), "gamma": np.float32(0.5), "batch_size": np.int64(4)}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=np.int32(8), **numbers).learn(16)
+    assert (model.learning_rate, model.gamma, model.batch_size, model.learning_starts) == (0.125, 0.5, 4, 8)
+    assert [type(getattr(model, name)) for name in (*numbers, "learning_starts")] == [float, float, int, int]
 
 
 @pytest.mark.parametrize("train_freq", [0, 2.5, "4", True, (0, "step"), (4,), (4, "second"), [4, "step"], (-1, "episode")])
