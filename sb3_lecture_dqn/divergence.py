@@ -7,11 +7,17 @@ transitions that are new, are looked at. The rest is searched once something is 
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS
+
+if TYPE_CHECKING:
+    from sb3_lecture_dqn.lecture_dqn import LectureDQN
 
 #: Q explodes when it is this many times what the rewards allow, max |r| / (1 − γ).
 EXPLOSION_FACTOR = 100.0
@@ -47,7 +53,7 @@ class DivergenceWatch:
         #: The size of Q that the training began with; ``None`` as long as it is not known.
         self._first_size = None if is_trained else 0.0
 
-    def check(self, model: Any, metrics: Mapping[str, float]) -> None:
+    def check(self, model: "LectureDQN", metrics: Mapping[str, float]) -> None:
         """
         Check what is new since the last call.
 
@@ -62,21 +68,11 @@ class DivergenceWatch:
         if metrics:
             self._check_size(model, metrics)
 
-    def check_parameters(self, model: Any) -> None:
-        """
-        Check θ and ψ.
+    def count_from_zero(self) -> None:
+        """The model's number of steps begins at 0 again; what the buffer held before is not new."""
+        self._last_num_timesteps = 0
 
-        :param model: The model
-        :raises DivergenceError: if one of them is not finite
-        """
-        for name, parameter in model.policy.state_dict().items():
-            if parameter.is_floating_point() and not bool(th.isfinite(parameter).all()):
-                raise DivergenceError(
-                    f"training has diverged: the parameter {name} is not finite at step {model.num_timesteps}, after "
-                    f"{model._n_updates} gradient steps; the usual cause is {_LOSS_CAUSES}"
-                )
-
-    def _check_new_transitions(self, model: Any) -> None:
+    def _check_new_transitions(self, model: "LectureDQN") -> None:
         replay_buffer = model.__dict__.get("replay_buffer")
         if not isinstance(replay_buffer, ReplayBuffer):
             return
@@ -101,7 +97,7 @@ class DivergenceWatch:
                     f"{causes}"
                 )
 
-    def _check_size(self, model: Any, metrics: Mapping[str, float]) -> None:
+    def _check_size(self, model: "LectureDQN", metrics: Mapping[str, float]) -> None:
         seen = max(abs(metrics["q_values"]), abs(metrics["td_target"]), math.sqrt(max(metrics["loss"], 0.0)))
         if self._first_size is None:
             self._first_size = seen
@@ -117,7 +113,22 @@ class DivergenceWatch:
             )
 
 
-def _explain_metric(model: Any, name: str, mean: float) -> str:
+def check_parameters(model: "LectureDQN") -> None:
+    """
+    Check θ and ψ.
+
+    :param model: The model
+    :raises DivergenceError: if one of them is not finite
+    """
+    for name, parameter in model.policy.state_dict().items():
+        if parameter.is_floating_point() and not bool(th.isfinite(parameter).all()):
+            raise DivergenceError(
+                f"training has diverged: the parameter {name} is not finite at step {model.num_timesteps}, after "
+                f"{model._n_updates} gradient steps; the usual cause is {_LOSS_CAUSES}"
+            )
+
+
+def _explain_metric(model: "LectureDQN", name: str, mean: float) -> str:
     since = max(model._n_updates - model.metrics_interval, 0)
     # a buffer that stores each observation once drops the last one of an episode
     exclusion = "" if model.optimize_memory_usage else "rewards and observations are finite, so "
@@ -131,18 +142,20 @@ def _first_row_not_finite(arrays: Any, rows: np.ndarray) -> int | None:
     """Index in ``rows`` of the first that holds a number that is not finite."""
     found = []
     for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
-        if array is None or not np.issubdtype(array.dtype, np.floating):
-            continue
+        if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
+            continue  # a buffer of a user's own may hold anything
         values = array[rows]
         if not np.isfinite(values).all():
             found.append(int(np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(axis=1))[0]))
     return min(found, default=None)
 
 
-def _largest_reward(model: Any) -> float:
-    """The largest absolute reward that the update may see."""
+def _largest_reward(model: "LectureDQN") -> float:
+    """The largest absolute reward that the update may see; infinite if only a buffer of a user's own knows."""
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_reward:
         return float(vec_normalize.clip_reward)
     replay_buffer = model.replay_buffer
+    if replay_buffer is None or type(replay_buffer) not in (HerReplayBuffer, *UNIFORM_BUFFERS):
+        return math.inf
     return float(np.abs(replay_buffer.rewards[: replay_buffer.size()]).max(initial=0.0))

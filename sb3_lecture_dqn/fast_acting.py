@@ -14,7 +14,16 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_lecture_dqn.fast_head import Composition, Head, HiddenLayer, forward, hooks_of, read_head
+from sb3_lecture_dqn.fast_head import (
+    Composition,
+    Head,
+    HiddenLayer,
+    forward,
+    hooks_of,
+    is_own_method,
+    read_head,
+    replaces_methods,
+)
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 from sb3_lecture_dqn.threads import threads_for
 
@@ -40,7 +49,7 @@ class FastActing:
 
     def __init__(self, policy: LectureDQNPolicy, head: Head) -> None:
         self.policy, self.head = policy, head
-        self.takes_vectors = _takes_vectors(policy.q_net)
+        self.only_flattens = _only_flattens_float32(policy.q_net)
         self.has_trained_encoder = any(True for _ in policy.q_net.features_extractor.parameters())
         self.parameters = list(policy.q_net.q_net.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
@@ -59,7 +68,7 @@ class FastActing:
             GPU, or a policy that was compiled
         """
         head = read_head(policy.q_net) if isinstance(policy, LectureDQNPolicy) else None
-        if head is None or not _acts_as_the_lecture_does(policy):
+        if head is None or replaces_methods(policy) or not _acts_as_the_lecture_does(policy):
             return None
         is_on_cpu = all(p.dtype == th.float32 and p.device.type == "cpu" for p in policy.q_net.parameters())
         is_increasing = all(layer.negative_slope <= 1 for layer in head.hidden_layers)
@@ -95,7 +104,7 @@ class FastActing:
         :param observations: s, shape (n_envs, ...), or such arrays by their names
         :return: Actions, shape (n_envs,)
         """
-        if isinstance(observations, dict) or not self.takes_vectors:
+        if isinstance(observations, dict) or not self.only_flattens:
             return self._encoded_greedy_actions(observations)
         if len(observations) == 1:
             return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
@@ -131,12 +140,11 @@ class FastActing:
 
 
 def _acts_as_the_lecture_does(policy: LectureDQNPolicy) -> bool:
-    names = ("_predict", "predict", "obs_to_tensor")
-    is_policys = all(getattr(type(policy), name) is getattr(LectureDQNPolicy, name) for name in names)
-    return is_policys and type(policy.q_net)._predict is QNetwork._predict
+    is_policys = all(is_own_method(policy, name, LectureDQNPolicy) for name in ("_predict", "predict", "obs_to_tensor"))
+    return is_policys and is_own_method(policy.q_net, "_predict", QNetwork)
 
 
-def _takes_vectors(q_net: QNetwork) -> bool:
+def _only_flattens_float32(q_net: QNetwork) -> bool:
     """Whether neither SB3's preprocessing nor the encoder does more to an observation than to flatten it."""
     space = q_net.observation_space
     is_float32 = isinstance(space, spaces.Box) and space.dtype == np.float32

@@ -16,6 +16,9 @@ from torch import nn
 from sb3_lecture_dqn.policies import QNetwork
 from sb3_lecture_dqn.second_thread import SecondThread, Task
 
+#: Methods of a network and its layers that the fast path does the work of, or goes around.
+CALLED_METHODS = frozenset({"forward", "extract_features", "predict", "_predict", "obs_to_tensor"})
+
 # Without the overload's name PyTorch would look for it at each call.
 _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
 _leaky_relu_backward = th.ops.aten.leaky_relu_backward.grad_input
@@ -74,10 +77,8 @@ def read_head(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.
     :param tensor_of: What to take of a parameter, by default the memory of its values; or :func:`gradient_of`
     :return: Its layers; ``None`` if there is any other layer, a hook, or a forward pass or features of a user's own
     """
-    # asked of the object and not of its class, since a method may be replaced in either
-    methods = {name: getattr(getattr(q_net, name), "__func__", None) for name in ("forward", "extract_features")}
-    is_a_users_own = any(method is not getattr(QNetwork, name) for name, method in methods.items())
-    if is_a_users_own or type(q_net.q_net) is not nn.Sequential or any(hooks_of(q_net)):
+    is_the_lectures = all(is_own_method(q_net, name, QNetwork) for name in ("forward", "extract_features"))
+    if not is_the_lectures or replaces_methods(q_net) or type(q_net.q_net) is not nn.Sequential or any(hooks_of(q_net)):
         return None
     *layers, final_layer = q_net.q_net
     hidden_layers: list[HiddenLayer] = []
@@ -121,15 +122,38 @@ def _layer_norm_tensors(layer: nn.LayerNorm, tensor_of: Callable[[th.Tensor], th
     return LayerNormTensors(tensor_of(layer.weight), tensor_of(layer.bias), list(layer.normalized_shape), layer.eps)
 
 
+def is_own_method(owner: Any, name: str, cls: type) -> bool:
+    """
+    Whether an object has a method from a class, replaced neither by a subclass nor in the object itself.
+
+    :param owner: The object
+    :param name: Name of the method
+    :param cls: The class
+    :return: Whether it is the class's own
+    """
+    return getattr(getattr(owner, name), "__func__", None) is getattr(cls, name)
+
+
+def replaces_methods(network: nn.Module) -> bool:
+    """
+    Whether somebody has put a method of their own into a network, or into one of its layers.
+
+    :param network: The network
+    :return: Whether one of them has, as an attribute, what acting or training would call
+    """
+    return not all(CALLED_METHODS.isdisjoint(vars(module)) for module in network.modules())
+
+
 def hooks_of(q_net: QNetwork) -> list[dict[int, Any]]:
     """
-    What holds the hooks of a Q network, its encoder and all of their layers.
+    What holds the hooks of a Q network, its encoder and all of their layers, and the hooks of all modules there are.
 
     :param q_net: The network
     :return: Dictionaries that are empty as long as no hook is registered
     """
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [getattr(module, name) for module in q_net.modules() for name in names]
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    of_all_modules: list[dict[int, Any]] = [getattr(nn.modules.module, f"_global_{kind}") for kind in kinds]
+    return of_all_modules + [getattr(module, f"_{kind}") for module in q_net.modules() for kind in kinds]
 
 
 def have_hooks(parameters: Iterable[th.Tensor]) -> bool:
@@ -144,7 +168,7 @@ def have_hooks(parameters: Iterable[th.Tensor]) -> bool:
 
 class Composition:
     """
-    What a network is made of, to see whether somebody has exchanged a layer or a parameter.
+    What a network is made of, to see whether somebody has exchanged a layer, a parameter, a method or a layer's setting.
 
     :param network: The network
     """
@@ -153,19 +177,26 @@ class Composition:
         self._registries: list[dict[str, Any]] = [
             registry for module in network.modules() for registry in (module._modules, module._parameters)
         ]
-        self._contents = self._read()
+        self._attributes = [vars(module) for module in network.modules()]
+        self._contents, self._settings = self._read(), self._read_settings()
+
+    def _read_settings(self) -> list[Any]:
+        return [attributes.get("negative_slope", attributes.get("eps")) for attributes in self._attributes]
 
     def _read(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._registries)))
 
     def is_unchanged(self) -> bool:
         """
-        Whether all modules and parameters are the same objects as when this was made.
+        Whether all modules and parameters are the same objects as when this was made, with the same settings, and the methods
+        of their classes.
 
         :return: Whether they are
         """
         contents = self._read()
-        return len(contents) == len(self._contents) and all(map(is_, contents, self._contents))
+        is_same = len(contents) == len(self._contents) and all(map(is_, contents, self._contents))
+        has_own_methods = all(map(CALLED_METHODS.isdisjoint, self._attributes))
+        return is_same and has_own_methods and self._read_settings() == self._settings
 
 
 class HeadPass(NamedTuple):
@@ -173,7 +204,7 @@ class HeadPass(NamedTuple):
 
     inputs: list[th.Tensor]
     linear_outputs: list[th.Tensor]
-    means_and_rstds: list[tuple[th.Tensor, th.Tensor]]
+    means_and_rstds: list[list[th.Tensor]]  # each empty where there is no LayerNorm
     q_values: th.Tensor
 
 
@@ -207,38 +238,38 @@ def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
     inputs, linear_outputs, means_and_rstds = [features], [], []
     for linear, layer_norm, negative_slope in head.hidden_layers:
         output = th.addmm(linear.bias, inputs[-1], linear.transposed_weight)
-        mean = rstd = output
+        mean_and_rstd: list[th.Tensor] = []
         linear_outputs.append(output)
         if layer_norm is not None:
-            output, mean, rstd = _normalise(output, layer_norm)
-        means_and_rstds.append((mean, rstd))
+            output, *mean_and_rstd = _normalise(output, layer_norm)
+        means_and_rstds.append(mean_and_rstd)
         inputs.append(nn.functional.leaky_relu_(output, negative_slope))
     q_values = th.addmm(head.final_layer.bias, inputs[-1], head.final_layer.transposed_weight)
     return HeadPass(inputs, linear_outputs, means_and_rstds, q_values)
 
 
 def backward(
-    head: Head, gradients: Head, made: HeadPass, gradient: th.Tensor, needs_features: bool, second_thread: SecondThread
+    head: Head, gradients: Head, forward_pass: HeadPass, gradient: th.Tensor, needs_features: bool, second_thread: SecondThread
 ) -> th.Tensor | None:
     """
     The gradients of the head's parameters.
 
     :param head: The layers
     :param gradients: Where to write the gradients of their parameters
-    :param made: The forward pass
+    :param forward_pass: What :func:`forward_for_backward` gave
     :param gradient: The gradient of the Q values, shape (B, |A|)
     :param needs_features: Whether the gradient of the features is needed
     :param second_thread: What computes the weights' gradients while this goes on with the layers below
     :return: The gradient of the features, shape (B, features_dim), if needed
     """
-    _linear_gradients(gradients.final_layer, made.inputs[-1], gradient)
+    _linear_gradients(gradients.final_layer, forward_pass.inputs[-1], gradient)
     gradient = gradient @ head.final_layer.weight
     tasks: list[Task[None]] = []
     try:
         for index in reversed(range(len(head.hidden_layers))):
             layer, layer_gradients = head.hidden_layers[index], gradients.hidden_layers[index]
-            gradient = _backward_to_linear(layer, layer_gradients, made, index, gradient)
-            linear_gradients = partial(_linear_gradients, layer_gradients.linear, made.inputs[index], gradient)
+            gradient = _backward_to_linear(layer, layer_gradients, forward_pass, index, gradient)
+            linear_gradients = partial(_linear_gradients, layer_gradients.linear, forward_pass.inputs[index], gradient)
             if index > 0 or needs_features:
                 tasks.append(second_thread.start(linear_gradients))
                 gradient = gradient @ layer.linear.weight
@@ -251,18 +282,18 @@ def backward(
 
 
 def _backward_to_linear(
-    layer: HiddenLayer, gradients: HiddenLayer, made: HeadPass, index: int, gradient: th.Tensor
+    layer: HiddenLayer, gradients: HiddenLayer, forward_pass: HeadPass, index: int, gradient: th.Tensor
 ) -> th.Tensor:
     """From the gradient of a layer's output, which is overwritten, to that of its Linear's output."""
     # LeakyReLU keeps the sign, so its output tells its slope as well as its input does
-    _leaky_relu_backward(gradient, made.inputs[index + 1], layer.negative_slope, True, grad_input=gradient)
+    _leaky_relu_backward(gradient, forward_pass.inputs[index + 1], layer.negative_slope, True, grad_input=gradient)
     if layer.layer_norm is None or gradients.layer_norm is None:
         return gradient
     gradient, weight_gradient, bias_gradient = _layer_norm_backward(
         gradient,
-        made.linear_outputs[index],
+        forward_pass.linear_outputs[index],
         layer.layer_norm.shape,
-        *made.means_and_rstds[index],
+        *forward_pass.means_and_rstds[index],
         layer.layer_norm.weight,
         layer.layer_norm.bias,
         [True, True, True],

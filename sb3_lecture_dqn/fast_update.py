@@ -29,6 +29,7 @@ from sb3_lecture_dqn.fast_head import (
     have_hooks,
     hooks_of,
     read_head,
+    replaces_methods,
 )
 from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, has_one_step_count, is_plain_adam, views
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
@@ -87,8 +88,8 @@ def _metrics(
     actions: th.Tensor, all_q_values: Sequence[th.Tensor], targets: Sequence[th.Tensor], squared_norms: Sequence[th.Tensor]
 ) -> tuple[th.Tensor, ...]:
     """What each step returned, as the metrics that are logged."""
-    n_steps = len(targets)
-    q_values = th.cat(list(all_q_values)).gather(1, actions).view(n_steps, -1)
+    n_updates = len(targets)
+    q_values = th.cat(list(all_q_values)).gather(1, actions).view(n_updates, -1)
     targets_of_steps = th.cat(list(targets)).view_as(q_values)
     losses = (q_values - targets_of_steps).square_().mean(dim=1)
     return losses, q_values.mean(dim=1), targets_of_steps.mean(dim=1), th.stack(list(squared_norms)).sqrt_()
@@ -123,7 +124,7 @@ class FastUpdate:
         self.second_thread = SecondThread()
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
-        self.takes_vectors = has_vector_observations(policy)
+        self.has_vector_observations = has_vector_observations(policy)
         #: Whether the encoder is one that we do not know, which may care for its mode, or for where a batch begins and ends.
         self.needs_training_mode = any(type(module) not in MODELESS_MODULES for module in encoder.modules())
         self.encodes_in_steps = self.has_trained_encoder or self.needs_training_mode
@@ -134,10 +135,10 @@ class FastUpdate:
         The fast update of a policy.
 
         :param policy: The policy
-        :return: Its update, or ``None`` where only the plain one is right: other layers, other optimizers, hooks, frozen
-            parameters, parameters in a GPU's or in shared memory, a policy that was compiled
+        :return: Its update, or ``None`` where only the plain one is right: other layers, methods of a user's own, other
+            optimizers, hooks, frozen parameters, parameters in a GPU's or in shared memory, a policy that was compiled
         """
-        if not isinstance(policy, LectureDQNPolicy):
+        if not isinstance(policy, LectureDQNPolicy) or replaces_methods(policy):
             return None
         heads = read_head(policy.q_net), read_head(policy.q_net_target)
         parameters = list(policy.q_net.parameters())
@@ -205,12 +206,12 @@ class FastUpdate:
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
         :param observations: s of all batches, one after the other
-        :param actions: a, shape (n_steps · B, 1)
+        :param actions: a, shape (n_updates · B, 1)
         :param targets_of: Gives the targets of some of the rows, shape (n, 1)
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What gives the losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping,
-            each of shape (n_steps,)
+            each of shape (n_updates,)
         """
         targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
         actions = actions.to(th.int64, copy=True)  # the metrics keep them, and should not keep all that was drawn with them
@@ -227,12 +228,12 @@ class FastUpdate:
         return th.zeros(len(actions), n_actions, dtype=self.theta.dtype).scatter_(1, actions, 2 / batch_size)
 
     def _targets(
-        self, targets_of: Callable[[slice], th.Tensor], n_steps: int, batch_size: int
+        self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int
     ) -> Iterator[Callable[[], th.Tensor]]:
         """The targets of each batch: of the first one, which the steps wait for, and of the others ahead."""
         rows_ahead = batch_size if self.needs_training_mode else self.rows_ahead
-        starts = [0, *range(1, n_steps, max(rows_ahead // batch_size, 1))]
-        ends = [*starts[1:], n_steps]
+        starts = [0, *range(1, n_updates, max(rows_ahead // batch_size, 1))]
+        ends = [*starts[1:], n_updates]
         parts = [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
         tasks = zip(self.second_thread.in_advance([partial(targets_of, part) for part in parts]), starts, ends, strict=True)
         return (partial(_batch_of, task, batch_size, i) for task, start, end in tasks for i in range(end - start))
@@ -245,11 +246,11 @@ class FastUpdate:
         if self.encodes_in_steps:
             with th.set_grad_enabled(self.has_trained_encoder):
                 features = self._features(self.policy.q_net, inputs)
-        made = forward_for_backward(self.head, features.detach())
+        forward_pass = forward_for_backward(self.head, features.detach())
         targets = batch_targets()
-        gradient = (made.q_values - targets).mul_(selection)
+        gradient = (forward_pass.q_values - targets).mul_(selection)
         features_gradient = backward(
-            self.head, self.head_gradients, made, gradient, self.has_trained_encoder, self.second_thread
+            self.head, self.head_gradients, forward_pass, gradient, self.has_trained_encoder, self.second_thread
         )
         if features_gradient is not None:
             self._encoder_gradients(features, features_gradient)
@@ -259,10 +260,10 @@ class FastUpdate:
             if scale < 1:
                 self.gradient.mul_(scale)
         self.adam.step()
-        return made.q_values, targets, squared_norm
+        return forward_pass.q_values, targets, squared_norm
 
     def _features(self, q_net: QNetwork, observations: Any) -> th.Tensor:
-        if self.takes_vectors:  # SB3's preprocessing and its encoder leave them as they are
+        if self.has_vector_observations:  # SB3's preprocessing and its encoder leave them as they are
             return observations.float()  # type: ignore[no-any-return]
         return q_net.extract_features(observations, q_net.features_extractor)
 

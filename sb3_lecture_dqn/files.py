@@ -33,6 +33,7 @@ def replace_when_written(target: Path) -> Iterator[Path]:
 
     :param target: The file to replace, or a link to it, which stays a link; its folder is made if it is missing
     :return: The path to write to, in the same folder and with the same ending as the target
+    :raises OSError: if it cannot be written or renamed
     """
     target = target.resolve() if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,17 @@ def replace_when_written(target: Path) -> Iterator[Path]:
         raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def with_ending(path: str | Path, ending: str) -> Path:
+    """
+    A file's path as SB3 completes it.
+
+    :param path: The path that the user gave
+    :param ending: The ending, for instance ``".zip"``
+    :return: The path, with the ending if it had none
+    """
+    return Path(path) if Path(path).suffix else Path(f"{path}{ending}")
 
 
 def _remove_leftovers(target: Path, prefix: str) -> None:

@@ -7,6 +7,11 @@ from typing import Any, TypeGuard
 
 import torch as th
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+HOOKS_OF_ALL_OPTIMIZERS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+#: Methods that somebody may have put into an optimizer; PyTorch's learning-rate schedulers wrap ``step``.
+REPLACEABLE_METHODS = frozenset({"step", "zero_grad"})
 
 
 def is_plain_adam(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> TypeGuard[th.optim.Adam]:
@@ -19,7 +24,9 @@ def is_plain_adam(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Paramet
     """
     if type(optimizer) is not th.optim.Adam or len(optimizer.param_groups) != 1:
         return False
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or any(HOOKS_OF_ALL_OPTIMIZERS):
+        return False
+    if not REPLACEABLE_METHODS.isdisjoint(vars(optimizer)):
         return False
     group = optimizer.param_groups[0]
     has_extras = group["weight_decay"] != 0 or group["amsgrad"] or group["maximize"] or isinstance(group["lr"], th.Tensor)
@@ -49,6 +56,23 @@ def flatten(parameters: Sequence[th.Tensor]) -> th.Tensor:
     for parameter, view in zip(parameters, views(flat, parameters), strict=True):
         parameter.data = view
     return flat
+
+
+def unflatten(parameters: Sequence[th.Tensor], optimizer: th.optim.Optimizer) -> None:
+    """
+    Give each parameter, its gradient and its moments memory of their own again: a pickle of a view holds all it is a view of.
+
+    :param parameters: Parameters that may have been moved by :func:`flatten`
+    :param optimizer: Their optimizer
+    """
+    for parameter in parameters:
+        storage = parameter.untyped_storage()
+        if storage.nbytes() == parameter.nbytes or storage.is_shared():
+            continue
+        parameter.data = parameter.data.clone()
+        parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+        state = optimizer.state.get(parameter, {})
+        state.update({name: value.clone() for name, value in state.items() if isinstance(value, th.Tensor)})
 
 
 def views(flat: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:

@@ -9,7 +9,7 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
 
     collected_data = collect_training_data(env, pi_e)   # predict(deterministic=False), then SB3's collect_rollouts
     dataset += collected_data                           # SB3's ReplayBuffer.add
-    train_data = dataset.sample()                       # train, by numpy_draws_from(random_generator)
+    train_data = dataset.sample()                       # _sample_batch
     theta = train(Q, theta, psi, train_data)            # train
     psi = theta                                         # _on_step, every target_update_interval steps
     metrics = evaluate(env, pi)                         # predict(deterministic=True), by EvalCallback
@@ -28,7 +28,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -45,14 +45,15 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_lecture_dqn.checkpoints import record_for_checkpoints
-from sb3_lecture_dqn.divergence import DivergenceWatch
+from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast_acting import FastActing
+from sb3_lecture_dqn.fast_head import is_own_method
 from sb3_lecture_dqn.fast_update import FastUpdate, rows_of
-from sb3_lecture_dqn.files import MissingPolicyError, add_checksums, check_model_file, replace_when_written
+from sb3_lecture_dqn.files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
-from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
+from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.threads import threads_for
 from sb3_lecture_dqn.validation import (
@@ -66,6 +67,7 @@ from sb3_lecture_dqn.validation import (
     check_observation_space,
     check_policy_class,
     check_replay_buffer_class,
+    check_state_dict,
     check_train_freq,
 )
 
@@ -73,8 +75,6 @@ SelfLectureDQN = TypeVar("SelfLectureDQN", bound="LectureDQN")
 
 #: Falls to 0 over the training, so that the final policy is not the last one of many that come and go.
 DEFAULT_LEARNING_RATE = LinearSchedule(5e-4, 0.0, end_fraction=1.0)
-#: Replay buffers whose draws are alike, so that several batches may be one draw.
-UNIFORM_BUFFERS = (ContiguousReplayBuffer, ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
 # --- The mathematics ------------------------------------------------------------------------------------------------------
 
@@ -119,8 +119,10 @@ def squared_td_error(q_values: th.Tensor, targets: th.Tensor) -> th.Tensor:
     return (q_values - targets).square().mean()
 
 
-def _with_ending(path: str | Path, ending: str) -> Path:
-    return Path(path) if Path(path).suffix else Path(f"{path}{ending}")
+def _lists_to_arrays(observation: Any) -> Any:
+    if isinstance(observation, dict):
+        return {name: _lists_to_arrays(part) for name, part in observation.items()}
+    return np.asarray(observation) if isinstance(observation, list) else observation
 
 
 # --- The algorithm --------------------------------------------------------------------------------------------------------
@@ -140,14 +142,14 @@ class LectureDQN(OffPolicyAlgorithm):
     :param learning_rate: Learning rate of Adam, at least 0, or a function of the remaining progress (from 1 to 0); by default
         it falls linearly from 5e-4 to 0 over the steps of a training; give a number to train in many small pieces
     :param buffer_size: Maximum number of transitions in D (L11), at least 1
-    :param learning_starts: Number of steps with uniform actions before learning starts
+    :param learning_starts: Number of steps with uniform actions before learning starts, at least 0
     :param batch_size: Number of transitions in B (L11), at least 1
     :param tau: Share of θ in a target update, in [0, 1]; the lecture's hard copy is 1 (L13)
     :param gamma: The discount factor γ (L1), in [0, 1]
-    :param train_freq: Train every ``train_freq`` steps; or a tuple like ``(5, "step")`` or ``(2, "episode")``
-    :param gradient_steps: Gradient steps per training; -1 for as many as there were environment steps
-    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``); ``None`` selects SB3's,
-        for arrays one with the same draws that samples faster
+    :param train_freq: Train every ``train_freq`` steps, at least 1; or a tuple like ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: Gradient steps per training, at least 0; -1 for as many as there were environment steps
+    :param replay_buffer_class: Replay buffer class (for instance ``HerReplayBuffer``). ``None`` selects SB3's, or where plain
+        arrays are stored ``ContiguousReplayBuffer``, which draws the same and samples faster
     :param replay_buffer_kwargs: Keyword arguments of the replay buffer. ``dict(handle_timeout_termination=True)`` makes d =
         terminated alone; by default d is the lecture's terminated ∨ truncated (L2)
     :param optimize_memory_usage: Whether D stores each observation once, at the cost of more complexity
@@ -158,7 +160,7 @@ class LectureDQN(OffPolicyAlgorithm):
     :param exploration_initial_eps: First ε, in [0, 1]
     :param exploration_final_eps: Last ε, in [0, 1]
     :param max_grad_norm: Largest norm of the gradient, above 0; ``None`` for no clipping, as in the lecture
-    :param stats_window_size: Number of episodes that the logged means are taken over
+    :param stats_window_size: Number of episodes that the logged means are taken over, at least 1
     :param tensorboard_log: Folder of the TensorBoard logs (``None`` for none)
     :param policy_kwargs: Keyword arguments of the policy
     :param verbose: 0 for no output, 1 for information, 2 for debugging
@@ -367,6 +369,10 @@ class LectureDQN(OffPolicyAlgorithm):
         # Under SB3's own name, so that save(include=["replay_buffer"]) finds it.
         self.__dict__["replay_buffer"] = replay_buffer
 
+    @replay_buffer.deleter
+    def replay_buffer(self) -> None:
+        self.__dict__["replay_buffer"] = None
+
     def _make_replay_buffer(self) -> ReplayBuffer:
         assert self.replay_buffer_class is not None  # chosen in SB3's _setup_model
         buffer_kwargs = self.replay_buffer_kwargs.copy()
@@ -409,6 +415,8 @@ class LectureDQN(OffPolicyAlgorithm):
         :param deterministic: ``True`` for π, ``False`` for π_E
         :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
         """
+        if observation is not self._last_obs:
+            observation = _lists_to_arrays(observation)
         is_with_info = isinstance(observation, tuple)  # what env.reset() returns: SB3's policy says what is wrong with it
         if deterministic or self.exploration_rate == 0 or is_with_info:
             return self._greedy_actions(observation), state
@@ -447,18 +455,11 @@ class LectureDQN(OffPolicyAlgorithm):
 
     # Training: θ and ψ
 
-    def _on_step(self) -> None:
-        """After each step of the environments: ψ = θ every ``target_update_interval`` steps (L13), and the next ε."""
-        self._n_calls += 1
-        # One call stands for n_envs transitions.
-        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
-            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-        self._update_exploration_rate(self._current_progress_remaining)
-
-    def _update_exploration_rate(self, progress_remaining: float) -> None:
-        self.exploration_rate = self.exploration_schedule(progress_remaining)
-        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+        """B ~ U(D) (L11), drawn by the algorithm's own generator."""
+        assert self.replay_buffer is not None
+        with numpy_draws_from(self.random_generator):
+            return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -466,18 +467,14 @@ class LectureDQN(OffPolicyAlgorithm):
 
         :param gradient_steps: Number of gradient steps
         :param batch_size: Number of transitions in each B
+        :raises DivergenceError: if training has diverged
         """
         self._update_learning_rate(self.policy.optimizer)
         fast_update = self._current_fast_update()
-        if fast_update is None or fast_update.needs_training_mode:
-            self.policy.set_training_mode(True)
         if fast_update is not None:
-            with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
-                # an encoder that we do not know may not bear two threads
-                may_be_used = are_threads_left and not fast_update.needs_training_mode
-                with fast_update.second_thread.measured(may_be_used, gradient_steps):
-                    self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
+            self._fast_gradient_steps(fast_update, gradient_steps, batch_size)
         else:
+            self.policy.set_training_mode(True)
             for _ in range(gradient_steps):
                 metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]
                 self._count_updates(1, partial(tuple, metrics))
@@ -504,49 +501,6 @@ class LectureDQN(OffPolicyAlgorithm):
         self.policy.optimizer.step()
         return loss, q_values.mean(), targets.mean(), gradient_norm
 
-    def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
-        """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""
-        # Another buffer may mean something by a batch, as HER does, whose batches begin with the goals that are not changed.
-        is_uniform = type(self.replay_buffer) in UNIFORM_BUFFERS
-        steps_at_once = max(self.rows_at_once // batch_size, 1) if is_uniform else 1
-        while gradient_steps > 0:
-            n_steps = min(gradient_steps, steps_at_once)
-            gradient_steps -= n_steps
-            # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-            samples = self._sample_batch(n_steps * batch_size)
-            targets_of = partial(self._fast_targets, fast_update, samples)
-            metrics = fast_update.steps(samples.observations, samples.actions, targets_of, batch_size, self.max_grad_norm)
-            self._count_updates(n_steps, metrics)
-
-    def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
-        discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
-        next_q_values = fast_update.next_q_values(rows_of(samples.next_observations, rows))
-        return td_target(samples.rewards[rows], samples.dones[rows], next_q_values, discounts)
-
-    def _count_updates(self, n_steps: int, metrics: Callable[[], Sequence[th.Tensor]]) -> None:
-        intervals_before = self._n_updates // self.metrics_interval
-        self._n_updates += n_steps
-        self._training_metrics.add(n_steps, metrics)
-        if self._n_updates // self.metrics_interval > intervals_before:
-            self._record_training_metrics()
-
-    def _current_fast_update(self) -> FastUpdate | None:
-        """The fast update, made again where the policy changed since; ``None`` where only the plain one is right."""
-        cls = type(self)
-        if cls._gradient_step is not LectureDQN._gradient_step or cls._clip_gradient is not LectureDQN._clip_gradient:
-            return None  # a subclass with a loss or a clipping of its own
-        if th.is_autocast_enabled("cpu"):
-            return None
-        if self._fast_update is None or not self._fast_update.is_current(self.policy):
-            self._fast_update = FastUpdate.for_policy(self.policy)
-        return self._fast_update
-
-    def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
-        """B ~ U(D) (L11), drawn by the algorithm's own generator."""
-        assert self.replay_buffer is not None
-        with numpy_draws_from(self.random_generator):
-            return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-
     def _clip_gradient(self) -> th.Tensor:
         """Clip the gradient if asked to, and give its norm before that."""
         parameters = list(self.q_net.parameters())
@@ -554,25 +508,18 @@ class LectureDQN(OffPolicyAlgorithm):
             return th.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         return th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
 
-    def _record_training_metrics(self) -> None:
-        means = self._training_metrics.pop()
-        for name, mean in means.items():
-            self.logger.record(f"train/{name}", mean)
-        self._divergence_watch.check(self, means)
+    def _on_step(self) -> None:
+        """After each step of the environments: ψ = θ every ``target_update_interval`` steps (L13), and the next ε."""
+        self._n_calls += 1
+        # One call stands for n_envs transitions.
+        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self._update_exploration_rate(self._current_progress_remaining)
 
-    def check_divergence(self) -> None:
-        """
-        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps.
-
-        :raises DivergenceError: if they are not
-        """
-        self._divergence_watch.check(self, {})
-        self._divergence_watch.check_parameters(self)
-
-    def dump_logs(self) -> None:
-        """Write the log, with the means of the training metrics since the last time."""
-        self._record_training_metrics()
-        super().dump_logs()
+    def _update_exploration_rate(self, progress_remaining: float) -> None:
+        self.exploration_rate = self.exploration_schedule(progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     def _setup_learn(
         self,
@@ -586,6 +533,8 @@ class LectureDQN(OffPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if reset_num_timesteps:
+            self._divergence_watch.count_from_zero()
         # SB3 sets ε only after the first step; π_E is ε-greedy from the first one.
         self._update_exploration_rate(1.0 - self.num_timesteps / max(total_timesteps, 1))
         return total_timesteps, callback
@@ -616,6 +565,83 @@ class LectureDQN(OffPolicyAlgorithm):
         self.check_divergence()
         return self
 
+    # The same gradient steps, faster
+
+    def _current_fast_update(self) -> FastUpdate | None:
+        """The fast update, made again where the policy changed since; ``None`` where only the plain one is right."""
+        if not all(is_own_method(self, name, LectureDQN) for name in ("_gradient_step", "_clip_gradient")):
+            return None  # a loss or a clipping of a user's own
+        if self.q_net is not self.policy.q_net or self.q_net_target is not self.policy.q_net_target:
+            return None
+        if th.is_autocast_enabled("cpu"):
+            return None
+        if self._fast_update is None or not self._fast_update.is_current(self.policy):
+            self._fast_update = FastUpdate.for_policy(self.policy)
+        return self._fast_update
+
+    def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
+        """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""
+        if fast_update.needs_training_mode:
+            self.policy.set_training_mode(True)
+        with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
+            # an encoder that we do not know may not bear two threads
+            may_be_used = are_threads_left and not fast_update.needs_training_mode
+            with fast_update.second_thread.measured(may_be_used, gradient_steps):
+                self._fast_updates(fast_update, gradient_steps, batch_size)
+
+    def _fast_updates(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
+        # Another buffer may mean something by a batch, as HER does, whose batches begin with the goals that are not changed.
+        is_uniform = type(self.replay_buffer) in UNIFORM_BUFFERS and is_own_method(self, "_sample_batch", LectureDQN)
+        updates_at_once = max(self.rows_at_once // batch_size, 1) if is_uniform else 1
+        while gradient_steps > 0:
+            n_updates = min(gradient_steps, updates_at_once)
+            gradient_steps -= n_updates
+            # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
+            samples = self._sample_batch(n_updates * batch_size)
+            targets_of = partial(self._fast_targets, fast_update, samples)
+            rows = batch_size if is_uniform else len(samples.actions)  # what such a buffer gives is one batch, however large
+            metrics = fast_update.steps(samples.observations, samples.actions, targets_of, rows, self.max_grad_norm)
+            self._count_updates(n_updates, metrics)
+
+    def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
+        discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
+        next_q_values = fast_update.next_q_values(rows_of(samples.next_observations, rows))
+        targets = td_target(samples.rewards[rows], samples.dones[rows], next_q_values, discounts)
+        return targets.to(next_q_values.dtype)  # a buffer of a user's own may give rewards in float64
+
+    # Metrics, and whether they can be right
+
+    def _count_updates(self, n_updates: int, metrics: Callable[[], Sequence[th.Tensor]]) -> None:
+        intervals_before = self._n_updates // self.metrics_interval
+        self._n_updates += n_updates
+        self._training_metrics.add(n_updates, metrics)
+        if self._n_updates // self.metrics_interval > intervals_before:
+            self._record_training_metrics()
+
+    def _record_training_metrics(self) -> None:
+        means = self._training_metrics.pop()
+        for name, mean in means.items():
+            self.logger.record(f"train/{name}", mean)
+        self._divergence_watch.check(self, means)
+
+    def check_divergence(self) -> None:
+        """
+        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps.
+
+        :raises DivergenceError: if they are not
+        """
+        self._divergence_watch.check(self, {})
+        check_parameters(self)
+
+    def dump_logs(self) -> None:
+        """
+        Write the log, with the means of the training metrics since the last time.
+
+        :raises DivergenceError: if training has diverged
+        """
+        self._record_training_metrics()
+        super().dump_logs()
+
     # Files
 
     def save(
@@ -634,7 +660,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if not isinstance(path, (str, Path)):
             super().save(path, exclude, include)
             return
-        with replace_when_written(_with_ending(path, ".zip")) as unfinished:
+        with replace_when_written(with_ending(path, ".zip")) as unfinished:
             super().save(unfinished, exclude, include)
             add_checksums(unfinished)
 
@@ -647,7 +673,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if not isinstance(path, (str, Path)):
             super().save_replay_buffer(path)
             return
-        with replace_when_written(_with_ending(path, ".pkl")) as unfinished:
+        with replace_when_written(with_ending(path, ".pkl")) as unfinished:
             super().save_replay_buffer(unfinished)
 
     @classmethod
@@ -672,6 +698,7 @@ class LectureDQN(OffPolicyAlgorithm):
         :param force_reset: Whether the environment is reset before training goes on
         :param kwargs: Attributes to change
         :return: The model
+        :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm
         """
         check_model_file(path, LectureDQNPolicy, cls.__name__, custom_objects)
@@ -689,17 +716,32 @@ class LectureDQN(OffPolicyAlgorithm):
         :param load_path_or_dict: The file (``.zip`` may be left out), or what ``get_parameters`` returned
         :param exact_match: Whether every part must be there
         :param device: PyTorch device
-        :raises ValueError: if the file is truncated, not a zip file, or a model of another algorithm; nothing is changed then
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is truncated, not a zip file, a model of another algorithm or one of another network;
+            nothing is changed then
         """
-        if not isinstance(load_path_or_dict, dict):
-            try:
-                check_model_file(load_path_or_dict, LectureDQNPolicy, type(self).__name__)
-            except MissingPolicyError:  # its numbers are enough, if they are of such a network
-                _, parameters, _ = load_from_zip_file(load_path_or_dict, load_data=False, device=device)
-                if set(parameters["policy"]) != set(self.policy.state_dict()):
-                    raise
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            parameters = self._read_parameters(parameters, device)
+        check_state_dict("load_path_or_dict", parameters.get("policy", {}), self.policy.state_dict(), exact_match)
+        super().set_parameters(parameters, exact_match, device)
         self._divergence_watch = DivergenceWatch(is_trained=True)
+
+    def _read_parameters(self, path: str, device: th.device | str) -> TensorDict:
+        missing_policy = None
+        try:
+            check_model_file(path, LectureDQNPolicy, type(self).__name__)
+        except MissingPolicyError as error:
+            missing_policy = error
+        _, parameters, _ = load_from_zip_file(path, load_data=False, device=device)
+        # its numbers are enough, if they are of such a network
+        if missing_policy is not None and set(parameters["policy"]) != set(self.policy.state_dict()):
+            raise missing_policy
+        return parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies; what makes it faster is made again."""
+        return {**self.__dict__, "_fast_update": None, "_fast_acting": None}
 
     def _excluded_save_params(self) -> list[str]:
         return [

@@ -10,6 +10,7 @@ The encoder is the identity for vectors, and an SB3 features extractor for pixel
 
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -23,6 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_lecture_dqn.flat_adam import unflatten
 from sb3_lecture_dqn.validation import check_activation, check_at_least, check_net_arch, in_one_line
 
 #: L6: "2 layer MLP with hidden size of 256 is sufficient for standard benchmarks".
@@ -45,7 +47,7 @@ class QNetwork(BasePolicy):
     :param layer_norm: Whether a LayerNorm stands between each hidden Linear and its activation (L6)
     :param final_layer_std: Standard deviation of the final layer's initial weights, at least 0; its bias starts at 0, so that
         Q starts near 0 (L8). ``None`` keeps PyTorch's own initialisation.
-    :raises ValueError: if ``net_arch`` or ``final_layer_std`` is out of its range
+    :raises ValueError: if ``net_arch`` or ``final_layer_std`` is out of its range, or ``activation_fn`` makes no layer
     """
 
     action_space: spaces.Discrete
@@ -102,7 +104,7 @@ class QNetwork(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         # π(s) = argmax_a Q(s, a, θ)   (L9); exploration is the algorithm's part
-        return self(observation).argmax(dim=1).reshape(-1)  # type: ignore[no-any-return]
+        return self(observation).argmax(dim=1)  # type: ignore[no-any-return]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -134,7 +136,8 @@ class LectureDQNPolicy(BasePolicy):
     :param layer_norm: Whether a LayerNorm stands between each hidden Linear and its activation (L6)
     :param final_layer_std: Standard deviation of the final layer's initial weights (L8), at least 0; ``None`` keeps
         PyTorch's own initialisation
-    :raises ValueError: if ``net_arch`` or ``final_layer_std`` is out of its range
+    :raises ValueError: if ``net_arch`` or ``final_layer_std`` is out of its range, ``activation_fn`` makes no layer, or the
+        encoder cannot take the observations
     """
 
     action_space: spaces.Discrete
@@ -223,6 +226,25 @@ class LectureDQNPolicy(BasePolicy):
         """
         return self._predict(obs, deterministic=deterministic)
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The greedy policy π (L9), in evaluation mode.
+
+        :param observation: One observation, or one for each environment
+        :param state: Returned as it is (for recurrent policies, which these are not)
+        :param episode_start: Without effect (for recurrent policies)
+        :param deterministic: Without effect: ε-greedy exploration belongs to ``LectureDQN.predict``
+        :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
+        """
+        self.q_net.set_training_mode(False)  # all layers, one of which may be new or may have been put in another mode
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self.q_net._predict(observation, deterministic=deterministic)
 
@@ -250,6 +272,11 @@ class LectureDQNPolicy(BasePolicy):
         if self.q_net.training != mode:  # the walk over all layers takes as long as a step of an environment
             self.q_net.set_training_mode(mode)
         self.training = mode
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies."""
+        unflatten(list(self.q_net.parameters()), self.optimizer)
+        return self.__dict__.copy()
 
 
 #: Vector observations: no encoder.

@@ -4,9 +4,29 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+
+
+def _field(name: str) -> Any:
+    """An attribute that is a view of the records, and stays one when something is assigned to it."""
+
+    def get(replay_buffer: "ContiguousReplayBuffer") -> np.ndarray:
+        view: np.ndarray = replay_buffer.__dict__[name]
+        return view
+
+    def assign(replay_buffer: "ContiguousReplayBuffer", array: np.ndarray) -> None:
+        view = replay_buffer.__dict__.get(name)
+        if view is None:  # SB3's constructor makes it
+            replay_buffer.__dict__[name] = array
+        elif np.shape(array) != view.shape:
+            advice = "with replay_buffer_class=ReplayBuffer it may have another"
+            raise ValueError(f"{name} must have the shape {view.shape}, got {np.shape(array)}; {advice}")
+        else:
+            np.copyto(view, array, casting="same_kind")
+
+    return property(get, assign)
 
 
 class ContiguousReplayBuffer(ReplayBuffer):
@@ -14,18 +34,27 @@ class ContiguousReplayBuffer(ReplayBuffer):
     SB3's ``ReplayBuffer``, with the same arguments, arrays and draws, laid out for sampling.
 
     SB3 keeps observations, actions, rewards and so on in arrays of their own; a random transition then is five or six reads
-    from distant places. Here they are fields of one record array, and ``observations``, ``actions``, … are views of it: they
-    can be read, indexed and written into as before, but not replaced by other arrays.
-
-    ``optimize_memory_usage`` is left to SB3's own class.
+    from distant places. Here they are fields of one record array, and ``observations``, ``actions``, … are views of it. They
+    are read, indexed and written into as before; an array that is assigned to one of them is copied into it.
 
     The parameters are those of :class:`stable_baselines3.common.buffers.ReplayBuffer`.
+
+    :raises ValueError: if ``optimize_memory_usage`` is set, which SB3's own class is for
     """
 
     _FIELDS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
+    observations = _field("observations")
+    next_observations = _field("next_observations")
+    actions = _field("actions")
+    rewards = _field("rewards")
+    dones = _field("dones")
+    timeouts = _field("timeouts")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.optimize_memory_usage:
+            raise ValueError("optimize_memory_usage must be False for a ContiguousReplayBuffer, got True")
         arrays = [(name, getattr(self, name)) for name in self._FIELDS]
         record = np.dtype([(name, array.dtype, array.shape[2:]) for name, array in arrays], align=True)
         # SB3's arrays are all zeros still, so the system has not given them any memory yet
@@ -33,8 +62,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
         self._make_views()
 
     def _make_views(self) -> None:
-        for name in self._FIELDS:
-            setattr(self, name, self._records[name])
+        self.__dict__.update({name: self._records[name] for name in self._FIELDS})
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         if self.n_envs > 1:
@@ -67,3 +95,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
 def _in_one_piece(observations: Any) -> Any:
     # the fields of a record lie side by side, and an encoder may want to view its input in another shape
     return np.ascontiguousarray(observations)
+
+
+#: Replay buffers whose draws are alike, so that several batches may be one draw.
+UNIFORM_BUFFERS = (ContiguousReplayBuffer, ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)

@@ -100,11 +100,11 @@ def load_safetensors(path: str | Path, env: GymEnv | None = None, device: th.dev
         description = json.loads(header[_HEADER])
         model = _build(description, device)
         model.policy.load_state_dict(tensors)
+        model.num_timesteps, model._n_updates = int(description["num_timesteps"]), int(description["n_updates"])
     except FileNotFoundError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ValueError(f"path must be a whole file of save_safetensors, got {path}: {error}") from error
-    model.num_timesteps, model._n_updates = description["num_timesteps"], description["n_updates"]
     model.env = None
     if env is not None:
         _set_env(model, model._wrap_env(env, model.verbose))
@@ -128,14 +128,14 @@ def _build(description: dict[str, Any], device: th.device | str) -> LectureDQN:
     policy_kwargs = dict(description["policy_kwargs"])
     policy_kwargs["activation_fn"] = ACTIVATIONS[policy_kwargs["activation_fn"]]
     policy_kwargs["features_extractor_class"] = EXTRACTORS[policy_kwargs["features_extractor_class"]]
-    policy_kwargs["optimizer_class"] = OPTIMIZERS[policy_kwargs.get("optimizer_class", "Adam")]
+    policy_kwargs["optimizer_class"] = OPTIMIZERS[policy_kwargs["optimizer_class"]]
     number, unit = description["train_freq"]
     return LectureDQN(
         POLICIES[description["policy"]],
         _OnlySpaces(observation_space, action_space),
         learning_rate=_build_schedule(description["learning_rate"]),
         train_freq=(int(number), unit),
-        replay_buffer_kwargs={"handle_timeout_termination": description.get("handle_timeout_termination", False)},
+        replay_buffer_kwargs={"handle_timeout_termination": description["handle_timeout_termination"]},
         policy_kwargs=policy_kwargs,
         device=device,
         **{name: description["numbers"][name] for name in PLAIN_ARGUMENTS},
@@ -221,7 +221,7 @@ def _describe_array(array: np.ndarray) -> Any:
 
 def _build_array(description: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     numbers = [description] * int(np.prod(shape)) if isinstance(description, str) else description
-    parsed = [float(number) if dtype.kind == "f" else int(_as_int(number)) for number in numbers]
+    parsed = [float(number) if dtype.kind == "f" else _as_int(number) for number in numbers]
     return np.array(parsed, dtype=dtype).reshape(shape)
 
 

@@ -33,8 +33,8 @@ def numpy_draws_from(generator: np.random.Generator) -> Iterator[None]:
     """
     with _global_generator_lock:
         global_bit_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        np.random.set_bit_generator(generator.bit_generator)  # type: ignore[attr-defined]
-        try:
+        try:  # an interruption may come between any two lines
+            np.random.set_bit_generator(generator.bit_generator)  # type: ignore[attr-defined]
             yield
         finally:
             np.random.set_bit_generator(global_bit_generator)  # type: ignore[attr-defined]

@@ -24,8 +24,8 @@ def threads_for(multiply_adds: int | None) -> Iterator[bool]:
     if threads == 1 or multiply_adds is None or multiply_adds > SMALL_WORK:
         yield False
         return
-    th.set_num_threads(1)
-    try:
+    try:  # an interruption may come between any two lines
+        th.set_num_threads(1)
         yield True
     finally:
         th.set_num_threads(threads)

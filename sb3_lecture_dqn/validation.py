@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
@@ -207,6 +208,28 @@ def check_replay_buffer_class(replay_buffer_class: Any) -> None:
     is_class = isinstance(replay_buffer_class, type)
     if replay_buffer_class is not None and not (is_class and issubclass(replay_buffer_class, ReplayBuffer)):
         raise ValueError(f"replay_buffer_class must be a subclass of SB3's ReplayBuffer, got {replay_buffer_class!r}")
+
+
+def check_state_dict(name: str, given: Any, own: Mapping[str, th.Tensor], exact_match: bool) -> None:
+    """
+    Check that a policy can take parameters, before it has taken the first of them.
+
+    :param name: Name of the argument that they came by
+    :param given: The parameters
+    :param own: The policy's own
+    :param exact_match: Whether there must be all of them, and no others
+    :raises ValueError: if it is no dictionary, or a parameter is missing, too many or of another shape
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must hold a dictionary of the policy's parameters, got {type(given).__name__}")
+    others = sorted(given.keys() ^ own.keys()) if exact_match else []
+    if others:
+        problem = "no" if others[0] in own else "a"
+        raise ValueError(f"{name} must hold the parameters of this policy, got {problem} parameter {others[0]}")
+    for key in given.keys() & own.keys():
+        if given[key].shape != own[key].shape:
+            expected, got = tuple(own[key].shape), tuple(given[key].shape)
+            raise ValueError(f"{name} must hold the parameters of this policy, where {key} is {expected}, got {got}")
 
 
 def _is_int(value: Any) -> bool:

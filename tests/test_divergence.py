@@ -1,7 +1,8 @@
 """Training that diverges ends with an error that says what, where and since when."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, divergence
 from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.metrics import RunningMeans
 
@@ -132,6 +134,51 @@ def test_a_large_q_that_was_trained_on_rewards_of_the_past_is_no_explosion(tmp_p
     loaded.learn(400, reset_num_timesteps=False)
     with pytest.raises(DivergenceError, match="Q explodes"):
         model.learn(400)
+
+
+class BufferOfTensors(ReplayBuffer):
+    """Keeps its rewards as PyTorch's tensor, as one on a GPU would."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rewards = th.zeros(self.rewards.shape)  # type: ignore[assignment]
+
+    def add(self, obs: Any, next_obs: Any, action: Any, reward: Any, done: Any, infos: Any) -> None:
+        with self._rewards_as_an_array():
+            super().add(obs, next_obs, action, reward, done, infos)
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        with self._rewards_as_an_array():
+            return super()._get_samples(batch_inds, env)
+
+    @contextmanager
+    def _rewards_as_an_array(self) -> Iterator[None]:
+        tensor: Any = self.rewards
+        self.rewards = tensor.numpy()  # of the same memory
+        yield
+        self.rewards = tensor
+
+
+class BufferThatScalesRewards(ReplayBuffer):
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(rewards=samples.rewards * 1e6)
+
+
+@pytest.mark.parametrize("buffer_class", [BufferOfTensors, BufferThatScalesRewards])
+def test_what_a_buffer_of_a_users_own_holds_and_gives_is_no_explosion(buffer_class: Any) -> None:
+    model = make_model(PoisonedEnv(), replay_buffer_class=buffer_class, gamma=0.9)
+    model.learn(300)
+    assert model._n_updates == 290
+
+
+def test_a_second_training_does_not_look_at_old_transitions_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(PoisonedEnv()).learn(600)
+    n_rows: list[int] = []
+    look = divergence._first_row_not_finite
+    monkeypatch.setattr(divergence, "_first_row_not_finite", lambda a, rows: (n_rows.append(len(rows)), look(a, rows))[1])
+    model.learn(150)
+    assert sum(n_rows) == 3 * 150  # rewards, observations and next observations
 
 
 def test_a_diverged_network_does_not_push_out_the_last_good_checkpoint(tmp_path: Path) -> None:

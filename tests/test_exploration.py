@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.lecture_dqn import epsilon_greedy
+from sb3_lecture_dqn.seeding import numpy_draws_from
 
 N_ENVS = 20_000
 
@@ -162,3 +163,27 @@ def test_a_fraction_of_zero_explores_at_the_final_rate_from_the_first_step() -> 
     model = LectureDQN("MlpPolicy", CountingEnv(), exploration_fraction=0.0, exploration_final_eps=0.2)
     model._setup_learn(10)
     assert model.exploration_rate == 0.2
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_list_is_an_observation_too(deterministic: bool) -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0)
+    model.exploration_rate = 0.5
+    action, _ = model.predict([0.0, 0.1, 0.0, 0.1], deterministic=deterministic)  # type: ignore[arg-type]
+    assert action.shape == ()
+    assert action in (0, 1)
+
+
+def test_an_interruption_at_any_moment_leaves_numpys_global_generator_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    set_bit_generator = np.random.set_bit_generator  # type: ignore[attr-defined]
+
+    def interrupted(bit_generator: Any) -> None:
+        set_bit_generator(bit_generator)
+        if bit_generator is not before:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np.random, "set_bit_generator", interrupted)
+    with pytest.raises(KeyboardInterrupt), numpy_draws_from(np.random.default_rng(0)):
+        pass
+    assert np.random.get_bit_generator() is before  # type: ignore[attr-defined]

@@ -230,7 +230,20 @@ def exchange_the_encoder(model: LectureDQN) -> None:
     model.policy.q_net.features_extractor = Negative(model.observation_space)
 
 
-@pytest.mark.parametrize("exchange", [exchange_the_network, exchange_the_final_layer, exchange_a_weight, exchange_the_encoder])
+def turn_the_slope_of_an_activation_round(model: LectureDQN) -> None:
+    model.policy.q_net.q_net[2].negative_slope = 0.9
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        exchange_the_network,
+        exchange_the_final_layer,
+        exchange_a_weight,
+        exchange_the_encoder,
+        turn_the_slope_of_an_activation_round,
+    ],
+)
 def test_what_is_exchanged_in_the_policy_acts(exchange: Any) -> None:
     model = encoding_model_of("float32 vector", n_envs=1, encoder=None).learn(8)
     exchange(model)
@@ -269,6 +282,34 @@ def test_the_policy_acts_itself_where_fast_acting_does_not_fit(model: Any) -> No
     assert FastActing.for_policy(model.policy) is None
     model.learn(20)
     assert model.num_timesteps == 20
+
+
+@pytest.mark.parametrize("trained_before", [0, 20])
+@pytest.mark.parametrize("place", ["predict", "_predict", "q_net._predict", "q_net.forward", "q_net.q_net.forward"])
+def test_a_method_put_into_the_policy_is_asked(place: str, trained_before: int) -> None:
+    model = model_of()
+    model.exploration_initial_eps = model.exploration_final_eps = 0.0
+    model.exploration_schedule = model._make_exploration_schedule()
+    model.learn(trained_before)
+    model.gradient_steps = 0
+    *path, name = place.split(".")
+    owner: Any = model.policy
+    for part in path:
+        owner = getattr(owner, part)
+    calls: list[int] = []
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: (calls.append(1), method(*args, **kwargs))[1])
+    model.learn(8, reset_num_timesteps=False)
+    assert len(calls) == 8
+
+
+def test_prediction_is_in_evaluation_mode_whatever_mode_a_layer_was_put_in() -> None:
+    model = encoding_model_of("float32 vector", n_envs=1)
+    observation = np.ones(5, np.float32)
+    model.predict(observation, deterministic=True)
+    model.q_net.features_extractor.train()
+    model.predict(observation, deterministic=True)
+    assert not any(module.training for module in model.q_net.modules())
 
 
 def test_a_copy_of_a_model_acts_by_its_own_parameters() -> None:

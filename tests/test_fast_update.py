@@ -1,8 +1,10 @@
 """The fast update is the plain update: the same function, and silently absent where it would not be."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch as th
@@ -13,6 +15,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
@@ -332,12 +336,61 @@ class SamplesWithIndices(NamedTuple):
 def test_a_buffer_that_we_do_not_know_is_asked_for_each_batch(buffer_class: Any, draws: list[int]) -> None:
     settings = {"learning_starts": 20, "batch_size": 16, "gradient_steps": 4, "replay_buffer_class": buffer_class}
     model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings).learn(40)  # type: ignore[arg-type]
-    asked: list[int] = []
-    sample = model._sample_batch
-    model._sample_batch = lambda size: (asked.append(size), sample(size))[1]  # type: ignore[method-assign]
+    buffer, asked = model.replay_buffer, []
+    assert buffer is not None
+    sample = buffer.sample
+    buffer.sample = lambda size, env: (asked.append(size), sample(size, env))[1]  # type: ignore[method-assign, assignment]
     model.train(4, 16)
     assert asked == draws
     assert model._fast_update is not None
+
+
+def test_a_batch_of_a_users_own_is_asked_for_with_its_own_size() -> None:
+    class Mine(LectureDQN):
+        def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
+            asked.append(batch_size)
+            return super()._sample_batch(batch_size)
+
+    asked: list[int] = []
+    Mine("MlpPolicy", "CartPole-v1", learning_starts=20, batch_size=16, train_freq=10, seed=0).learn(30)
+    assert asked == [16] * 10
+
+
+class BufferInFloat64(ReplayBuffer):
+    """As one of a user's own that computes rewards by numpy."""
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(rewards=samples.rewards.double(), dones=samples.dones.double())
+
+
+class BufferOfHalfBatches(ReplayBuffer):
+    """Gives fewer transitions than it was asked for."""
+
+    def sample(self, batch_size: int, env: Any = None) -> Any:
+        return super().sample(batch_size // 2, env)
+
+
+class BufferOfDoubleBatches(ReplayBuffer):
+    """Gives more, as augmentation does."""
+
+    def sample(self, batch_size: int, env: Any = None) -> Any:
+        return super().sample(batch_size * 2, env)
+
+
+@pytest.mark.parametrize("buffer_class", [BufferInFloat64, BufferOfHalfBatches, BufferOfDoubleBatches])
+def test_both_paths_agree_on_what_a_buffer_of_a_users_own_gives(buffer_class: Any) -> None:
+    def trained(fast: bool) -> LectureDQN:
+        settings: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 20, "batch_size": 16}
+        model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, replay_buffer_class=buffer_class, **settings)
+        if not fast:
+            model._current_fast_update = lambda: None  # type: ignore[method-assign]
+        return model.learn(40)
+
+    plain, fast = trained(fast=False), trained(fast=True)
+    assert fast._fast_update is not None
+    assert plain._n_updates == fast._n_updates == 20
+    assert largest_difference(plain, fast) < 1e-5
 
 
 def freeze_a_layer(model: LectureDQN) -> None:
@@ -387,6 +440,40 @@ class DoubledNorm(nn.LayerNorm):
         return 2 * super().forward(inputs)
 
 
+def turn_the_optimizers_step_round(model: LectureDQN) -> None:
+    optimizer = model.policy.optimizer
+    step = optimizer.step
+
+    def turned_step() -> None:
+        for parameter in model.q_net.parameters():
+            assert parameter.grad is not None
+            parameter.grad.neg_()
+        step()
+
+    optimizer.step = turned_step  # type: ignore[method-assign, assignment]
+
+
+def double_a_layers_outputs(model: LectureDQN) -> None:
+    layer = model.q_net.q_net[0]
+    forward = layer.forward
+    layer.forward = lambda inputs: 2 * forward(inputs)
+
+
+def double_the_targets_features(model: LectureDQN) -> None:
+    target = model.q_net_target
+    extract = target.extract_features
+    target.extract_features = lambda *arguments: 2 * extract(*arguments)  # type: ignore[method-assign]
+
+
+def set_the_slope_of_an_activation(model: LectureDQN) -> None:
+    model.q_net.q_net[2].negative_slope = 0.9
+
+
+def take_another_target_network_in_the_algorithm_alone(model: LectureDQN) -> None:
+    model.q_net_target = copy.deepcopy(model.q_net)
+    model.q_net_target.q_net[-1].bias.data.fill_(1.0)
+
+
 def exchange_a_layer_norm(model: LectureDQN) -> None:
     model.q_net.q_net[1] = DoubledNorm(16, dtype=th.float64)
     take_another_adam(model)
@@ -405,6 +492,11 @@ def exchange_a_layer_norm(model: LectureDQN) -> None:
         register_a_backward_pre_hook,
         register_a_hook_of_the_optimizer,
         exchange_a_layer_norm,
+        turn_the_optimizers_step_round,
+        double_a_layers_outputs,
+        double_the_targets_features,
+        set_the_slope_of_an_activation,
+        take_another_target_network_in_the_algorithm_alone,
     ],
 )
 def test_both_paths_agree_after_a_change_in_the_middle_of_a_run(change: Any) -> None:
@@ -464,7 +556,8 @@ def test_both_paths_agree_behind_an_encoder_of_a_users_own(encoder: type[BaseFea
     for batch in batches:
         train_on(plain, batch)
     together = [th.cat(values) for values in zip(*(batch[:5] for batch in batches), strict=True)]
-    fast._sample_batch = lambda _: ReplayBufferSamples(*together)  # type: ignore[method-assign]
+    assert fast.replay_buffer is not None
+    fast.replay_buffer.sample = lambda *_, **__: ReplayBufferSamples(*together)  # type: ignore[method-assign]
     fast.target_update_interval = plain.target_update_interval = 1_000
     fast.train(gradient_steps=4, batch_size=BATCH_SIZE)
     assert fast._fast_update is not None
@@ -558,6 +651,65 @@ def test_a_hook_that_appears_in_the_middle_of_a_run_is_called(place: str) -> Non
     model.q_net.get_submodule(place).register_forward_hook(lambda *_: calls.append(1))
     train_on(model, batch)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_a_hook_of_all_modules_is_called(register: Any) -> None:
+    model = make_model("vector", fast=True, dtype=th.float32)
+    batch = random_batch("vector", np.random.default_rng(0), th.float32)
+    train_on(model, batch)
+    calls: list[nn.Module] = []
+    handle = register(lambda module, *_: calls.append(module))
+    try:
+        train_on(model, batch)
+    finally:
+        handle.remove()
+    assert {model.q_net, model.q_net.q_net[0], model.q_net_target} <= set(calls)
+
+
+def test_a_hook_of_all_optimizers_is_called() -> None:
+    model = make_model("vector", fast=True, dtype=th.float32)
+    batch = random_batch("vector", np.random.default_rng(0), th.float32)
+    train_on(model, batch)
+    calls: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: calls.append(optimizer))
+    try:
+        train_on(model, batch)
+    finally:
+        handle.remove()
+    assert calls == [model.policy.optimizer]
+
+
+def test_a_learning_rate_scheduler_of_pytorch_sees_the_steps(recwarn: pytest.WarningsRecorder) -> None:
+    model = make_model("vector", fast=True, dtype=th.float32)
+    scheduler = th.optim.lr_scheduler.ExponentialLR(model.policy.optimizer, 0.5)
+    train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+    scheduler.step()
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+def test_an_update_put_into_the_object_is_asked() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, learning_starts=16, batch_size=4, seed=0)
+    calls: list[int] = []
+    step = model._gradient_step
+    model._gradient_step = lambda batch: (calls.append(1), step(batch))[1]  # type: ignore[method-assign]
+    model.learn(40)
+    assert len(calls) == model._n_updates > 0
+
+
+def test_a_pickle_of_a_trained_model_is_not_larger_than_its_contents() -> None:
+    model = make_model("vector", fast=True)
+    size_before = len(cloudpickle.dumps(model))
+    train_on(model, random_batch("vector", np.random.default_rng(0)))
+    del model._sample_batch
+    n_bytes = sum(parameter.nbytes for parameter in model.q_net.parameters())
+    pickled = cloudpickle.dumps(model)
+    assert len(pickled) < size_before + 5 * n_bytes  # gradients and two moments, and what pickle adds
+    loaded = cloudpickle.loads(pickled)
+    assert loaded.q_net.q_net[0].weight.untyped_storage().nbytes() == loaded.q_net.q_net[0].weight.nbytes
+    for either in (model, loaded):
+        train_on(either, random_batch("vector", np.random.default_rng(1)))
+    assert largest_difference(model, loaded) == 0
 
 
 def test_a_file_holds_the_parameters_alone(tmp_path: Path) -> None:

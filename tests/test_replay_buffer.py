@@ -206,3 +206,35 @@ def test_a_subclass_that_passes_its_arguments_on_gets_the_lectures_done_flag() -
     buffer = LectureDQN("MlpPolicy", "CartPole-v1", replay_buffer_class=PassesOn).replay_buffer
     assert isinstance(buffer, PassesOn)
     assert buffer.handle_timeout_termination is False
+
+
+def test_what_is_assigned_to_the_contiguous_buffer_is_what_is_drawn() -> None:
+    buffer = collected(buffer_size=50, steps=70).replay_buffer
+    assert isinstance(buffer, ContiguousReplayBuffer)
+    buffer.rewards = buffer.rewards * 0 + 7.0
+    buffer.observations = np.full(buffer.observations.shape, 3.0)
+    samples = buffer.sample(20)
+    assert (samples.rewards == 7).all()
+    assert (samples.observations == 3).all()
+
+
+def test_an_array_of_another_shape_is_refused_in_one_line_that_names_what_takes_it() -> None:
+    buffer = collected(buffer_size=50, steps=10).replay_buffer
+    assert buffer is not None
+    message = r"^rewards must have the shape \(50, 1\), got \(30, 1\); with replay_buffer_class=ReplayBuffer it may"
+    with pytest.raises(ValueError, match=message):
+        buffer.rewards = np.zeros((30, 1))
+
+
+def test_the_contiguous_buffer_refuses_to_store_each_observation_once() -> None:
+    space = spaces.Box(-1, 1, (2,))
+    with pytest.raises(ValueError, match="optimize_memory_usage must be False"):
+        ContiguousReplayBuffer(10, space, spaces.Discrete(2), optimize_memory_usage=True, handle_timeout_termination=False)
+
+
+def test_the_buffer_can_be_dropped_and_is_made_again_when_it_is_needed() -> None:
+    model = collected(buffer_size=50, steps=20)
+    del model.replay_buffer
+    assert "replay_buffer" not in {name for name, value in vars(model).items() if value is not None}
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() == 0

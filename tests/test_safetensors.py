@@ -2,6 +2,7 @@
 
 import builtins
 import functools
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from safetensors import safe_open
+from safetensors.torch import save_file
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from sb3_lecture_dqn import LectureDQN, load_safetensors, save_safetensors
+from sb3_lecture_dqn import LectureDQN, load_safetensors, safetensors_files, save_safetensors
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -151,4 +154,18 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
         load_safetensors(tmp_path / "missing.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"something else")
     with pytest.raises(ValueError, match="must be a whole file of save_safetensors"):
+        load_safetensors(tmp_path / "other.safetensors")
+
+
+def test_a_description_that_lacks_something_is_named(tmp_path: Path) -> None:
+    save_safetensors(LectureDQN("MlpPolicy", "CartPole-v1"), tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    description = json.loads(header["sb3_lecture_dqn"])
+    del description["num_timesteps"]
+    header["sb3_lecture_dqn"] = json.dumps(description)
+    header["sha256"] = safetensors_files._sha256(tensors, header["sb3_lecture_dqn"])
+    save_file(tensors, tmp_path / "other.safetensors", metadata=header)
+    with pytest.raises(ValueError, match=r"must be a whole file of save_safetensors, got .*num_timesteps"):
         load_safetensors(tmp_path / "other.safetensors")

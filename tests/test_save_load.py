@@ -189,6 +189,23 @@ def test_parameters_of_another_algorithm_are_refused_and_nothing_is_changed(trai
     np.testing.assert_array_equal(q_values(trained), before)
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"net_arch": [16, 16]}, r"got a parameter q_net\S*bias$"),
+        ({"net_arch": [8]}, r"where q_net\S* is \(.*\), got \(.*\)$"),
+    ],
+)
+def test_parameters_of_another_network_are_refused_in_one_line_and_nothing_is_changed(
+    trained: LectureDQN, tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
+    before = q_values(trained)
+    LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs=other).save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"^load_path_or_dict must hold the parameters of this policy, " + message):
+        trained.set_parameters(str(tmp_path / "other"))
+    np.testing.assert_array_equal(q_values(trained), before)
+
+
 @pytest.fixture
 def of_lost_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A model file of ours and one of SB3's DQN, whose policy classes are in a module that is not there any more."""

@@ -30,7 +30,6 @@ def register_envs() -> None:
 
 
 def _register_lunar_lander(env_id: str, **kwargs: object) -> None:
-    # An older Gymnasium has the real v2.
     if env_id not in gymnasium.registry:
         gymnasium.register(
             id=env_id,

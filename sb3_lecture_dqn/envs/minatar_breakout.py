@@ -22,6 +22,7 @@ def make_breakout(render_mode: str | None = None) -> gymnasium.Env[np.ndarray, i
     Breakout with its three actions, as MinAtar registers it.
 
     :param render_mode: One of MinAtar's
+    :return: The environment, with MinAtar's planes of bools as observations
     :raises DependencyNotInstalled: if MinAtar is not installed
     """
     try:
@@ -45,7 +46,12 @@ class Pixels(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
         self.observation_space = spaces.Box(0, 255, (channels, height, width), np.uint8)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        """Shape (10, 10, 4) to (4, 10, 10)."""
+        """
+        The planes as an image.
+
+        :param observation: Bools, shape (10, 10, 4)
+        :return: 0 or 255, shape (4, 10, 10)
+        """
         return np.ascontiguousarray(observation.transpose(2, 0, 1)).astype(np.uint8) * 255
 
 
@@ -62,6 +68,11 @@ class Encoder(BaseFeaturesExtractor):
         self.layers = nn.Sequential(nn.Conv2d(channels, 16, kernel_size=3), nn.ReLU(), nn.Flatten())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        """Shape (B, channels, height, width), in [0, 1], to (B, features)."""
+        """
+        The features of images.
+
+        :param observations: Images in [0, 1], shape (B, channels, height, width)
+        :return: Features, shape (B, features_dim)
+        """
         features: th.Tensor = self.layers(observations)
         return features

@@ -334,7 +334,8 @@ class RoboParkingEnv(gymnasium.Env[np.ndarray, int | np.integer[Any]]):
         """
         Draw the lot.
 
-        :return: An image of shape (600, 600, 3) in the mode ``"rgb_array"``; ``None`` in the mode ``"human"``, which shows it
+        :return: An image of shape (600, 600, 3) in the mode ``"rgb_array"``; ``None`` in the mode ``"human"``, which shows it,
+            and with a warning without a mode
         :raises gymnasium.error.ResetNeeded: before the first :meth:`reset`
         """
         if self.render_mode is None:
@@ -427,13 +428,21 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """The generator of each robot, as Gymnasium's ``SyncVectorEnv`` gives them."""
+        """
+        The generator of each robot, as Gymnasium's ``SyncVectorEnv`` gives them.
+
+        :return: ``num_envs`` generators
+        """
         self._seed([None] * self.num_envs, range(self.num_envs))
         return tuple(self._generators[i] for i in range(self.num_envs))
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The seed of each robot's generator."""
+        """
+        The seed of each robot's generator.
+
+        :return: ``num_envs`` seeds
+        """
         self._seed([None] * self.num_envs, range(self.num_envs))
         return tuple(self._seeds[i] for i in range(self.num_envs))
 
@@ -448,6 +457,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             reset each robot, bools of shape (num_envs,), not all ``False``; the others stay as they are
         :return: The observations, shape (num_envs, 4), and the infos of those that were reset
         :raises ValueError: if the seeds, the states or the mask are not as described
+        :raises gymnasium.error.ResetNeeded: with a mask that leaves robots out, before the first reset of all
         """
         options = options or {}
         reset_mask = self._check_reset_mask(options.get("reset_mask"))
@@ -597,7 +607,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         Draw the lot of each robot.
 
-        :return: An image of shape (600, 600, 3) for each robot
+        :return: An image of shape (600, 600, 3) for each robot; ``None``, with a warning, without a render mode
         :raises gymnasium.error.ResetNeeded: before the first :meth:`reset`
         """
         if self.render_mode is None:
