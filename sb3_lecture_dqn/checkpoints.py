@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_lecture_dqn.checkpoint_files import (
     Checkpoint,
     Writer,
+    delete_all_but_last,
     delete_leftovers,
-    keep_last,
     newest_checkpoint,
     write_checkpoint,
 )
@@ -148,7 +148,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._replay_buffer_files.undo()
             delete_leftovers(self.folder)
             return
-        keep_last(self.folder, self.keep_last)
+        delete_all_but_last(self.folder, self.keep_last)
         if self.verbose >= 1:
             print(f"Saved {path}")
 

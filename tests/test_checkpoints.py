@@ -21,7 +21,7 @@ from sb3_lecture_dqn.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
     UnreadableCheckpointError,
-    keep_last,
+    delete_all_but_last,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -68,9 +68,21 @@ def test_only_the_last_ones_and_what_they_need_are_kept(tmp_path: Path) -> None:
     for i in range(4):
         write(tmp_path, i, shared=records[max(0, i - 1) : i + 1])
     (tmp_path / "checkpoint_9.unfinished").mkdir()
-    keep_last(tmp_path, 2)
+    delete_all_but_last(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2", "checkpoint_3", SHARED_FOLDER]
     assert sorted(path.name for path in (tmp_path / SHARED_FOLDER).iterdir()) == sorted(r.name for r in records[1:])
+
+
+@pytest.mark.parametrize("name", ["replay_buffer/buffer.pkl", "replay_buffer/rows.npz", "checkpoint_notes.deleted/notes.txt"])
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path, name: str) -> None:
+    users = tmp_path / name
+    users.parent.mkdir(exist_ok=True)
+    users.write_text("the user's own")
+    for num_timesteps in (0, 1):
+        write(tmp_path, num_timesteps, shared=[write_shared_file(tmp_path, "rows", lambda file: file.write(b"rows"))])
+        delete_all_but_last(tmp_path, 1)
+    assert users.read_text() == "the user's own"
+    assert len(list((tmp_path / SHARED_FOLDER).glob("rows_*"))) == 1
 
 
 @pytest.mark.parametrize("victim", ["file", "manifest.json"])
@@ -89,6 +101,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     assert checkpoint is not None
     assert checkpoint.num_timesteps == 10
     newest_checkpoint(tmp_path)  # set aside: not named again, and not counted among the last ones
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_damaged_checkpoint_stays_for_what_can_be_saved_by_hand(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20, b"parameters")
+    (tmp_path / "checkpoint_20" / "manifest.json").write_bytes(b"")
+    newest_checkpoint(tmp_path)
+    for num_timesteps in (20, 30, 40):
+        write(tmp_path, num_timesteps)
+        delete_all_but_last(tmp_path, 1)
+    (damaged,) = tmp_path.glob("*.damaged")
+    assert (damaged / "file").read_bytes() == b"parameters"
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
@@ -127,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_stays(
         UserWarning, match=r"checkpoint_20 (cannot be read|has the format 99).*; the checkpoint before it is used"
     ):
         checkpoint = newest_checkpoint(tmp_path)
-    keep_last(tmp_path, 3)
+    delete_all_but_last(tmp_path, 3)
     monkeypatch.undo()
     assert checkpoint is not None
     assert checkpoint.num_timesteps == 10
@@ -306,7 +331,7 @@ def save_and_die(folder: Path, point: int) -> None:
 def test_a_crash_in_the_middle_of_a_save_leaves_a_checkpoint_to_continue_from(point: int, tmp_path: Path) -> None:
     assert not kills.in_new_process(save_and_die, tmp_path / "run", point)
     for leftover in (tmp_path / "run").glob("checkpoint_*"):
-        assert leftover.name.endswith(checkpoint_files._LEFTOVER_ENDINGS) or read_checkpoint(leftover)
+        assert checkpoint_files._LEFTOVER.fullmatch(leftover.name) or read_checkpoint(leftover)
     expected = run(small_model, 400, tmp_path / "reference")
     assert differences(run(small_model, 400, tmp_path / "run"), expected) == []
 
