@@ -2,9 +2,10 @@
 The state of a training run beside its replay buffer: the algorithm, its networks, callbacks, environments, log and generators.
 
 Everything here that is private to Stable-Baselines3 is named in the constants below, and ``tests/test_upstream.py`` says when
-one of them goes.
+one of them goes. The name of a file of TensorBoard's is private too; ``tests/test_resume.py`` says when that goes.
 """
 
+import contextlib
 import inspect
 import io
 import pickle
@@ -272,13 +273,12 @@ def _continue_tensorboard(log: TensorBoardOutputFormat, folder: str, num_timeste
     """Go on in the folder of before; TensorBoard drops what the lost part of the run wrote after the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    new_folder = Path(log.writer.log_dir)
+    new_file = Path(log.writer.file_writer.event_writer._file_name)
     log.writer.close()
-    if new_folder.resolve() != Path(folder).resolve() and new_folder.exists():  # made a moment ago, for nothing
-        for path in new_folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        if not any(new_folder.iterdir()):
-            new_folder.rmdir()
+    if new_file.parent.resolve() != Path(folder).resolve():  # made a moment ago, for nothing
+        new_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds the files of another run
+            new_file.parent.rmdir()
     log.writer = SummaryWriter(log_dir=folder, purge_step=num_timesteps + 1)
 
 

@@ -452,3 +452,21 @@ def test_tensorboard_goes_on_in_the_same_folder_without_double_points(tmp_path: 
     interrupted_run(lambda: build(tmp_path / "log b"), 600, tmp_path / "b", 380)
     assert len(points(tmp_path / "log a")) > 3
     assert points(tmp_path / "log b") == points(tmp_path / "log a")
+
+
+def test_continuing_a_run_leaves_the_tensorboard_files_of_others(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def learn(interrupt_at: int = 1_000) -> None:
+        model = small_model("CartPole-v1", tensorboard_log=str(tmp_path / "log"))
+        callbacks = [ResumableCheckpointCallback(100, tmp_path / "run"), InterruptAt(interrupt_at)]
+        model.learn(300, callback=callbacks, reset_num_timesteps=False)  # for which SB3 takes the newest folder that is there
+
+    with pytest.raises(Interruption):
+        learn(interrupt_at=250)
+    small_model("CartPole-v1", tensorboard_log=str(tmp_path / "log")).learn(100)
+    others = {path: path.read_bytes() for path in (tmp_path / "log").rglob("events.*")}
+    learn()
+    left = {path: path.read_bytes() for path in others if path.exists()}
+    assert left == others
+    assert len(list((tmp_path / "log").rglob("events.*"))) == len(others) + 1
