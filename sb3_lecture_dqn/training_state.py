@@ -81,6 +81,7 @@ class TrainingState:
         The state, without the networks and the replay buffer.
 
         :return: Something that can be pickled
+        :raises OSError: if a file of the logger's or of a ``Monitor`` cannot be read
         """
         model, live = self._model, self._live_objects()
         algorithm = live.dumps({name: getattr(model, name) for name in ALGORITHM_STATE})
@@ -120,9 +121,6 @@ class TrainingState:
         model.start_time = time.time_ns() - int(state["seconds"] * 1e9)
         for name, callback in self._callbacks.items():
             vars(callback).update(live.loads(state["callbacks"][name]))
-        spaces = dict(live.spaces())
-        for name, attributes in state["spaces"].items():
-            vars(spaces[name]).update(live.loads(attributes))
         for name, values in live.loads(state["logger"]).items():
             mapping = getattr(model.logger, name)
             mapping.clear()
@@ -132,6 +130,10 @@ class TrainingState:
             restore_vec_env_state(vec_env, vec_env_state, live)
             for vec_env, vec_env_state in zip(self._vec_envs, state["vec_envs"], strict=True)
         ]
+        # Last, for an environment that was replayed left them where they were at the beginning of its episode.
+        spaces = dict(live.spaces())
+        for name, attributes in state["spaces"].items():
+            vars(spaces[name]).update(live.loads(attributes))
         restore_random_state(state["random"])
         return reasons
 
@@ -273,8 +275,9 @@ def _continue_tensorboard(log: TensorBoardOutputFormat, folder: str, num_timeste
     """Go on in the folder of before; TensorBoard drops what the lost part of the run wrote after the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    new_file = Path(log.writer.file_writer.event_writer._file_name)
-    log.writer.close()
+    writer: Any = log.writer
+    new_file = Path(writer.file_writer.event_writer._file_name)
+    writer.close()
     if new_file.parent.resolve() != Path(folder).resolve():  # made a moment ago, for nothing
         new_file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds the files of another run

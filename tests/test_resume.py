@@ -262,6 +262,14 @@ def test_environments_in_gymnasiums_processes_start_new_episodes_and_say_so(tmp_
     assert second.num_timesteps == 200
 
 
+def test_random_actions_are_continued_in_the_middle_of_a_replayed_episode(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("LunarLander-v2", learning_starts=10**6)
+
+    expected = run(build, 60, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
 class HoldsALock(VecEnvWrapper):
     """A wrapper with an attribute that cannot be pickled."""
 
