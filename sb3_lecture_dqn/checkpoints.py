@@ -80,6 +80,8 @@ class ResumableCheckpointCallback(BaseCallback):
     step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay. If it
     does not take the first one, and is not full, that is an error.
 
+    It is for a :class:`~sb3_lecture_dqn.LectureDQN`, whose state it knows, and for no other algorithm.
+
     Loading a checkpoint unpickles: use only folders that you trust.
 
     :param save_freq: Number of steps, over all environments together, between two checkpoints, at least 1
@@ -108,6 +110,12 @@ class ResumableCheckpointCallback(BaseCallback):
         self._replay_buffer_files = ReplayBufferFiles()
 
     def _on_training_start(self) -> None:
+        from sb3_lecture_dqn.lecture_dqn import LectureDQN  # which imports this module
+
+        if not isinstance(self.model, LectureDQN):
+            raise ValueError(
+                f"model must be a LectureDQN to be trained with ResumableCheckpointCallback, got {type(self.model).__name__}"
+            )
         if self._state is not None:
             raise ValueError("callback must be a new ResumableCheckpointCallback, with a folder of its own, for each learn()")
 

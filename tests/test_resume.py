@@ -13,7 +13,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
@@ -405,6 +405,15 @@ def test_one_callback_serves_one_run(tmp_path: Path) -> None:
 def test_a_place_where_it_is_not_called_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not within another callback"):
         small_model("CartPole-v1").learn(60, callback=EveryNTimesteps(20, ResumableCheckpointCallback(50, tmp_path)))
+
+
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_a_model_of_another_algorithm_is_refused(algorithm: type[DQN | PPO], tmp_path: Path) -> None:
+    model = algorithm("MlpPolicy", "CartPole-v1", device="cpu")
+    with pytest.raises(ValueError, match=f"model must be a LectureDQN to be trained with .*, got {algorithm.__name__}$"):
+        model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path / "run"))
+    assert model.num_timesteps == 0
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("save_freq", 0), ("keep_last", 0), ("save_freq", 1.5)])
