@@ -77,8 +77,8 @@ class ResumableCheckpointCallback(BaseCallback):
     ``docs/resume.md``.
 
     Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
-    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay. If it
-    does not take the first one, and is not full, that is an error.
+    step. If the disk does not take a checkpoint, or does not give a file that the run writes (a log, ``Monitor``'s), that is a
+    warning: the run goes on, and the checkpoints before it stay. At the first checkpoint it is an error, but for a full disk.
 
     It is for a :class:`~sb3_lecture_dqn.LectureDQN`, whose state it knows, and for no other algorithm.
 
@@ -88,9 +88,10 @@ class ResumableCheckpointCallback(BaseCallback):
     :param folder: Where the checkpoints are; one for each run
     :param keep_last: How many checkpoints are kept, at least 1
     :param verbose: 0 for no output, 1 for a line at each checkpoint
-    :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
-        settings, another environment, another number of steps) or no checkpoint that can be read, or cannot be written to, or
-        this callback is within another one
+    :raises ValueError: if a number is out of its range; or, when training starts, if the model is no ``LectureDQN``; the
+        folder holds another run (other settings, another environment, another number of steps) or no checkpoint that can be
+        read, or cannot be written to; a file of the logger's or of ``Monitor`` cannot be read; or this callback is within
+        another one
     """
 
     #: Attributes that the resumed run has of its own.
@@ -142,17 +143,20 @@ class ResumableCheckpointCallback(BaseCallback):
         model.check_divergence()  # what has diverged must not push out the last good checkpoint
         self._saved_at = model.num_timesteps
         try:
-            path = self._write(state)
+            run = state.take()
+        except OSError as error:
+            if is_first:
+                raise ValueError(f"the files of the logger and of Monitor must be readable, got {error}") from error
+            self._warn_that_nothing_was_saved(error)
+            return
+        try:
+            path = self._write(state, run)
         except OSError as error:
             if is_first and error.errno not in FULL_DISK:
                 raise ValueError(
                     f"folder must be one in which checkpoints can be written, got {self.folder} ({error})"
                 ) from error
-            warnings.warn(
-                f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
-                f"are in {self.folder} stay",
-                stacklevel=2,
-            )
+            self._warn_that_nothing_was_saved(error)
             self._replay_buffer_files.undo()
             delete_leftovers(self.folder)
             return
@@ -160,19 +164,26 @@ class ResumableCheckpointCallback(BaseCallback):
         if self.verbose >= 1:
             print(f"Saved {path}")
 
-    def _write(self, state: TrainingState) -> Path:
+    def _warn_that_nothing_was_saved(self, error: OSError) -> None:
+        warnings.warn(
+            f"no checkpoint was saved at step {self.model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
+            f"are in {self.folder} stay",
+            stacklevel=3,
+        )
+
+    def _write(self, state: TrainingState, run: dict[str, Any]) -> Path:
         model: Any = self.model
         replay_buffer = model.replay_buffer
         parameters = take_parameters(model)
-        run: dict[str, Any] = {"run": state.take()}
+        saved: dict[str, Any] = {"run": run}
         writers: dict[str, Writer] = {}
         row_files = []
         if stores_rows_as_sb3(replay_buffer):
             row_files = self._replay_buffer_files.write_new_rows(self.folder, replay_buffer, model.num_timesteps)
-            run["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
+            saved["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
         else:
             writers[REPLAY_BUFFER_FILE] = lambda file: pickle.dump(replay_buffer, file, pickle.HIGHEST_PROTOCOL)
-        pickled = dump_state(run)
+        pickled = dump_state(saved)
         writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
         writers[STATE_FILE] = lambda file: _write_all(file, pickled)
         facts = {"settings": self._settings(state), "versions": _versions()}

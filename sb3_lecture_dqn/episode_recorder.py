@@ -31,7 +31,7 @@ class EnvState(NamedTuple):
     :param outer_attributes: Pickle of those of the wrapper around the recorder, now
     :param logs: For each ``Monitor`` the content of its file
     :param random_state: State of the process's generators, of a process that has no other use for them
-    :param replay: The episode so far, or ``None`` where the attributes are all
+    :param replay: Pickle of the :class:`Episode` so far, or ``None`` where the attributes are all
     :param reason: Why the environment cannot be brought back, or ``None``
     """
 
@@ -39,7 +39,7 @@ class EnvState(NamedTuple):
     outer_attributes: bytes
     logs: list[bytes | None]
     random_state: dict[str, Any] | None
-    replay: "Episode | None"
+    replay: bytes | None
     reason: str | None
 
 
@@ -122,18 +122,25 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         outer = [] if self._outer is None else [self._outer]
         return EnvDescription(describe_layers([*outer, *self._layers()]), *describe_spec(self.unwrapped.spec))
 
-    def take_checkpoint_state(self) -> EnvState:
+    def take_checkpoint_state(self) -> EnvState | OSError:
         """
         The state of the environment.
 
-        :return: Something that can be pickled
+        :return: Something that can be pickled. If the file of a ``Monitor`` cannot be read, the error: raised here, it would
+            end the process of a ``SubprocVecEnv``
         """
+        try:
+            return self._take_state()
+        except OSError as error:
+            return error
+
+    def _take_state(self) -> EnvState:
         attributes, left_out = self._attributes()
         reason, replay = None, None
         if left_out:
             if self._needs_replay and self._before_reset is not None:
                 attributes = self._before_reset
-                replay = Episode(self._reset_kwargs, self._actions, self._last_observation)
+                replay, reason = self._take_episode()
             elif self._needs_replay is False:
                 reason = f"{', '.join(left_out)} can no longer be pickled"
                 self._needs_replay, self._before_reset = True, None  # from the next reset on
@@ -151,7 +158,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         """
         Bring the environment back.
 
-        :param state: What :meth:`take_checkpoint_state` gave
+        :param state: What :meth:`take_checkpoint_state` gave, but for an error
         :return: ``None``, or why the environment is not where it was and has to be reset
         """
         live = self._live_objects()
@@ -159,7 +166,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._set_attributes(live.loads(state.attributes))
         if state.replay is not None:
             self._needs_replay, self._before_reset = True, state.attributes
-            reason = state.reason or self._replay(state.replay)
+            reason = state.reason or self._replay(Episode(**live.loads(state.replay)))
         if self._outer is not None:
             vars(self._outer).update(live.loads(state.outer_attributes))
         for layer, content in zip((self._outer, *self._layers()), state.logs, strict=True):
@@ -167,6 +174,12 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         if state.random_state is not None and multiprocessing.parent_process() is not None:
             restore_random_state(state.random_state)
         return reason
+
+    def _take_episode(self) -> tuple[bytes, str | None]:
+        """The pickled episode; and why it cannot be replayed, or ``None``."""
+        episode = Episode(self._reset_kwargs, self._actions, self._last_observation)
+        data, left_out = self._live_objects().dumps_attributes(episode._asdict())
+        return data, f"{', '.join(left_out)} of its episode cannot be pickled" if left_out else None
 
     def _replay(self, episode: Episode) -> str | None:
         self._reset_kwargs, self._actions = episode.reset_kwargs, list(episode.actions)

@@ -89,6 +89,7 @@ def take_vec_env_state(vec_env: VecEnv, live: LiveObjects) -> VecEnvState:
     :param vec_env: The vector environment
     :param live: Objects to refer to by name
     :return: Something that can be pickled
+    :raises OSError: if the file of a ``Monitor`` or a ``VecMonitor`` cannot be read
     """
     layers = vec_env_layers(vec_env)
     envs, reason = _take_env_states(vec_env.unwrapped)
@@ -167,11 +168,16 @@ def _once(words: list[str]) -> str:
 
 def _take_env_states(base: VecEnv) -> tuple[list[EnvState], str | None]:
     if isinstance(base, GymVectorVecEnv):
-        recorders = _recorders(base.env)
-        return [recorder.take_checkpoint_state() for recorder in recorders], None
+        return [_state_or_raise(recorder.take_checkpoint_state()) for recorder in _recorders(base.env)], None
     if not base.has_attr("take_checkpoint_state"):
         return [], f"the environments of {type(base).__name__} are in no wrapper: put each in SB3's Monitor"
-    return base.env_method("take_checkpoint_state"), None
+    return [_state_or_raise(state) for state in base.env_method("take_checkpoint_state")], None
+
+
+def _state_or_raise(state: EnvState | OSError) -> EnvState:
+    if isinstance(state, OSError):
+        raise state
+    return state
 
 
 def _restore_env_states(base: VecEnv, states: list[EnvState]) -> list[str | None]:

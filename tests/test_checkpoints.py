@@ -14,7 +14,9 @@ import pytest
 from gymnasium import spaces
 from resuming import differences, kills, load_benchmark, run
 from scripted_envs import CountingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, checkpoint_files
 from sb3_lecture_dqn.checkpoint_files import (
@@ -301,6 +303,60 @@ def test_a_folder_that_can_never_be_written_to_ends_the_run_at_its_first_step(tm
     model = small_model()
     with pytest.raises(ValueError, match=f"folder must be one in which checkpoints can be written, got .*/{folder} ") as error:
         model.learn(400, callback=ResumableCheckpointCallback(100, tmp_path / folder))
+    assert "\n" not in str(error.value)
+    assert model.num_timesteps == 0
+
+
+def monitored_model(folder: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]) -> LectureDQN:
+    env = make_vec_env("CartPole-v1", seed=1, monitor_dir=str(folder), vec_env_cls=vec_env_cls)
+    return LectureDQN("MlpPolicy", env, buffer_size=250, learning_starts=10**6, seed=3, device="cpu")
+
+
+class HidesFile(BaseCallback):
+    """
+    Takes a file away for a while.
+
+    :param file: The file
+    :param steps: From which step on, and until which
+    """
+
+    def __init__(self, file: Path, steps: tuple[int, int]) -> None:
+        super().__init__()
+        self.file, self.steps = file, steps
+        self.hidden = file.with_suffix(".hidden")
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.steps[0]:
+            os.replace(self.file, self.hidden)
+        if self.num_timesteps == self.steps[1]:
+            os.replace(self.hidden, self.file)
+        return True
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_a_run_goes_on_without_a_checkpoint_while_a_file_of_its_own_cannot_be_read(
+    tmp_path: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]
+) -> None:
+    model = monitored_model(tmp_path, vec_env_cls)
+    callbacks = [ResumableCheckpointCallback(100, tmp_path / "run"), HidesFile(tmp_path / "0.monitor.csv", (150, 250))]
+    with pytest.warns(UserWarning, match=r"no checkpoint was saved at step 200 \(.*0\.monitor\.csv'\); the run goes on"):
+        model.learn(400, callback=callbacks)
+    model.env.close()  # type: ignore[union-attr]
+    checkpoints = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert checkpoints == ["checkpoint_0", "checkpoint_100", "checkpoint_300"]
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_a_file_of_the_run_that_cannot_be_read_at_its_first_step_is_named(
+    tmp_path: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]
+) -> None:
+    model = monitored_model(tmp_path, vec_env_cls)
+    (tmp_path / "0.monitor.csv").unlink()
+    with pytest.raises(
+        ValueError, match=r"files of the logger and of Monitor must be readable, got .*0\.monitor\.csv"
+    ) as error:
+        model.learn(400, callback=ResumableCheckpointCallback(100, tmp_path / "run"))
+    model.env.close()  # type: ignore[union-attr]
     assert "\n" not in str(error.value)
     assert model.num_timesteps == 0
 

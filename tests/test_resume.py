@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,27 @@ def test_random_actions_are_continued_in_the_middle_of_a_replayed_episode(tmp_pa
 
     expected = run(build, 60, tmp_path / "reference")
     assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
+def lander_with_options(**options: Any) -> LectureDQN:
+    env = make_vec_env("LunarLander-v2", seed=1)
+    env.set_options(options)  # for the first episode, which is longer than these runs
+    return small_model(env)
+
+
+@pytest.mark.filterwarnings("error:.*not reproducible")
+def test_an_episode_that_began_with_functions_as_options_is_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return lander_with_options(wind=lambda: 1.0)
+
+    expected = run(build, 60, tmp_path / "reference", save_freq=20)
+    assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
+def test_an_episode_that_began_with_options_that_cannot_be_pickled_is_given_up(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"not reproducible \(reset_kwargs of its episode cannot be pickled\)"):
+        model = interrupted_run(lambda: lander_with_options(owner=weakref.ref(LectureDQN)), 60, tmp_path, 50, save_freq=20)
+    assert model.num_timesteps == 60
 
 
 class HoldsALock(VecEnvWrapper):
