@@ -36,7 +36,7 @@ _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 _LEFTOVER = re.compile(r"checkpoint_\d+(\.[0-9a-f]{32})?\.(unfinished|replaced|deleted)")
 _SHARED_FILE = re.compile(r".+_[0-9a-f]{32}\.npz(\.unfinished)?")
 
-Writer = Callable[[BinaryIO], None]
+Writer = Callable[[BinaryIO], object]
 
 
 class UnreadableCheckpointError(ValueError):
@@ -138,7 +138,7 @@ def write_checkpoint(
         "shared_files": [list(record) for record in shared_files],
     }
     content = json.dumps({**manifest, "sha256": _manifest_sha256(manifest)}, indent=1).encode()
-    _write_file(unfinished / MANIFEST, lambda file: _write_all(file, content))
+    _write_file(unfinished / MANIFEST, lambda file: file.write(content))
     _flush_folder(unfinished)
     if target.exists():  # a run that was resumed from an earlier checkpoint comes by again
         os.replace(target, folder / f"{target.name}.{uuid.uuid4().hex}.replaced")
@@ -189,10 +189,6 @@ def _write_file(path: Path, write: Writer) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, path.stat().st_size, file_sha256(path))
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -184,8 +184,8 @@ class ResumableCheckpointCallback(BaseCallback):
         else:
             writers[REPLAY_BUFFER_FILE] = lambda file: pickle.dump(replay_buffer, file, pickle.HIGHEST_PROTOCOL)
         pickled = dump_state(saved)
-        writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
-        writers[STATE_FILE] = lambda file: _write_all(file, pickled)
+        writers[PARAMETERS_FILE] = lambda file: file.write(parameters)
+        writers[STATE_FILE] = lambda file: file.write(pickled)
         facts = {"settings": self._settings(state), "versions": _versions()}
         return write_checkpoint(self.folder, model.num_timesteps, writers, row_files, facts).path
 
@@ -240,16 +240,12 @@ def record_for_checkpoints(callback: MaybeCallback, vec_env: VecEnv | None) -> N
         insert_recorders(vec_env)
 
 
-def _makes_checkpoints(callback: Any) -> bool:
-    if isinstance(callback, ResumableCheckpointCallback):
-        return True
-    children = vars(callback).values() if isinstance(callback, BaseCallback) else [callback]
-    lists = (child for child in children if isinstance(child, list))
-    return any(_makes_checkpoints(child) for children in lists for child in children)
-
-
-def _write_all(file: Any, content: bytes) -> None:
-    file.write(content)
+def _makes_checkpoints(callback: MaybeCallback) -> bool:
+    if isinstance(callback, CallbackList):
+        callback = callback.callbacks
+    if isinstance(callback, list):
+        return any(map(_makes_checkpoints, callback))
+    return isinstance(callback, ResumableCheckpointCallback)
 
 
 def _warn_of_other_versions(checkpoint: Checkpoint) -> None:

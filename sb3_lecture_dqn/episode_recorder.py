@@ -9,7 +9,7 @@ observation tells whether the environment is where it was.
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import gymnasium
 import numpy as np
@@ -63,7 +63,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
     Passes everything on, and remembers what it takes to bring the environment back.
 
-    It is put below the outermost wrapper (SB3's ``Monitor``, as a rule) by :class:`InsertRecorder`.
+    It is put below the outermost wrapper (SB3's ``Monitor``, as a rule) by :func:`insert_recorder`.
 
     :param env: The environment
     :param outer: The wrapper around this one, if any
@@ -197,11 +197,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     # What the environment remembers
 
     def _layers(self) -> Iterator[gymnasium.Env[Any, Any]]:
-        layer = self.env
-        while isinstance(layer, gymnasium.Wrapper):
-            yield layer
-            layer = layer.env
-        yield layer
+        return env_layers(self.env)
 
     def _live_objects(self) -> LiveObjects:
         live = LiveObjects()
@@ -217,7 +213,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     def _attributes(self) -> tuple[bytes, list[str]]:
         """The pickled attributes, and the names of those that cannot be pickled."""
         live = self._live_objects()
-        attributes: dict[Any, Any] = {("space", name): vars(space) for name, space in live.spaces()}
+        attributes: dict[Any, Any] = {("space", name): vars(space) for name, space in live.named_spaces()}
         for index, layer in enumerate(self._layers()):
             attributes.update({(index, name): value for name, value in _state_of(layer).items()})
             if layer is layer.unwrapped and _has_emulator_state(layer):
@@ -231,7 +227,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _set_attributes(self, attributes: dict[Any, Any]) -> None:
         live = self._live_objects()
-        spaces = dict(live.spaces())
+        spaces = dict(live.named_spaces())
         layers = list(self._layers())
         for (owner, name), value in attributes.items():
             if owner == "space":
@@ -242,18 +238,45 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
                 vars(layers[owner])[name] = value
 
 
+def insert_recorder(env: Any) -> bool:
+    """
+    Put an :class:`EpisodeRecorder` below the outermost wrapper of an environment.
+
+    :param env: The environment; doing it twice changes nothing
+    :return: Whether there is one now; an environment in no wrapper has no place for it
+    """
+    if isinstance(env, EpisodeRecorder):
+        return True
+    if not isinstance(env, gymnasium.Wrapper):
+        return False
+    if not isinstance(env.env, EpisodeRecorder):
+        env.env = EpisodeRecorder(env.env, env)
+    return True
+
+
 class InsertRecorder:
     """
-    Puts an :class:`EpisodeRecorder` into the sub-environments of a ``VecEnv``, in whatever process they are.
+    Calls :func:`insert_recorder` for the sub-environments of a ``VecEnv``, in whatever process they are.
 
     It stands for a class in ``VecEnv.env_is_wrapped``: there SB3 asks ``isinstance(env, wrapper_class)`` beside the
     environment, also in ``SubprocVecEnv``'s workers, and Python passes that question on to ``__instancecheck__``.
     """
 
     def __instancecheck__(self, env: Any) -> bool:
-        if isinstance(env, gymnasium.Wrapper) and not isinstance(env.env, EpisodeRecorder):
-            env.env = EpisodeRecorder(env.env, env)
-        return isinstance(env, gymnasium.Wrapper)
+        return insert_recorder(env)
+
+
+def env_layers(env: gymnasium.Env[Any, Any]) -> Iterator[gymnasium.Env[Any, Any]]:
+    """
+    The wrappers of an environment, the outermost first, and the environment in them.
+
+    :param env: The environment
+    :return: All of them
+    """
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
 
 
 def describe_layers(layers: Sequence[Any], innermost: str = "") -> str:
@@ -301,10 +324,20 @@ def write_log(owner: Any, content: bytes | None) -> None:
     """
     writer = getattr(owner, "results_writer", None)
     if writer is not None and content is not None:
-        writer.file_handler.seek(0)
-        writer.file_handler.truncate()
-        writer.file_handler.write(content.decode())
-        writer.file_handler.flush()
+        rewrite(writer.file_handler, content)
+
+
+def rewrite(file: TextIO, content: bytes) -> None:
+    """
+    Put another content into an open file.
+
+    :param file: The file, which stays open
+    :param content: What it is to hold
+    """
+    file.seek(0)
+    file.truncate()
+    file.write(content.decode())
+    file.flush()
 
 
 def _state_of(layer: Any) -> dict[str, Any]:

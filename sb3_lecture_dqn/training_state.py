@@ -11,7 +11,6 @@ import io
 import pickle
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_lecture_dqn.episode_recorder import rewrite
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
 from sb3_lecture_dqn.vec_env_state import (
@@ -69,7 +69,7 @@ class TrainingState:
 
     def __init__(self, model: Any, callback: BaseCallback) -> None:
         self._model = model
-        self._callbacks = dict(_callback_tree("callback", callback, set()))
+        self._callbacks = _callback_tree(callback)
         self._vec_envs = self._find_vec_envs()
         for vec_env in self._vec_envs:
             insert_recorders(vec_env)
@@ -96,7 +96,7 @@ class TrainingState:
         return {
             "algorithm": algorithm,
             "generator": model.random_generator.bit_generator.state,
-            "spaces": {name: live.dumps(vars(space)) for name, space in live.spaces()},
+            "spaces": {name: live.dumps(vars(space)) for name, space in live.named_spaces()},
             "callbacks": callbacks,
             "vec_envs": vec_envs,
             "logger": live.dumps({name: dict(getattr(model.logger, name)) for name in LOGGER_STATE}),
@@ -131,7 +131,7 @@ class TrainingState:
             for vec_env, vec_env_state in zip(self._vec_envs, state["vec_envs"], strict=True)
         ]
         # Last, for an environment that was replayed left them where they were at the beginning of its episode.
-        spaces = dict(live.spaces())
+        spaces = dict(live.named_spaces())
         for name, attributes in state["spaces"].items():
             vars(spaces[name]).update(live.loads(attributes))
         restore_random_state(state["random"])
@@ -221,18 +221,26 @@ def dump_state(state: dict[str, Any]) -> bytes:
     return pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterator[tuple[str, BaseCallback]]:
+def _callback_tree(root: BaseCallback) -> dict[str, BaseCallback]:
     """A callback and those within it, each named by the way to it."""
-    if id(callback) in seen:
-        return
-    seen.add(id(callback))
-    yield f"{name}:{type(callback).__name__}", callback
-    for attribute, value in vars(callback).items():
-        if attribute in NOT_A_CALLBACKS_OWN:
-            continue
-        for index, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, BaseCallback):
-                yield from _callback_tree(f"{name}.{attribute}[{index}]", child, seen)
+    tree: dict[str, BaseCallback] = {}
+    waiting = [("callback", root)]
+    while waiting:
+        name, callback = waiting.pop()
+        if all(callback is not known for known in tree.values()):
+            tree[f"{name}:{type(callback).__name__}"] = callback
+            waiting += reversed(_children(name, callback))
+    return tree
+
+
+def _children(name: str, callback: BaseCallback) -> list[tuple[str, BaseCallback]]:
+    return [
+        (f"{name}.{attribute}[{index}]", child)
+        for attribute, value in vars(callback).items()
+        if attribute not in NOT_A_CALLBACKS_OWN
+        for index, child in enumerate(value if isinstance(value, list) else [value])
+        if isinstance(child, BaseCallback)
+    ]
 
 
 def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
@@ -263,10 +271,7 @@ def _restore_log(log: Any, state: dict[str, Any], num_timesteps: int) -> None:
     if isinstance(log, TensorBoardOutputFormat):
         _continue_tensorboard(log, state["folder"], num_timesteps)
     elif "content" in state and _has_own_file(log):
-        log.file.seek(0)
-        log.file.truncate()
-        log.file.write(state["content"].decode())
-        log.file.flush()
+        rewrite(log.file, state["content"])
         if isinstance(log, CSVOutputFormat):
             log.keys = state["keys"]
 

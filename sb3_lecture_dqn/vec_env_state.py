@@ -15,6 +15,8 @@ from sb3_lecture_dqn.episode_recorder import (
     InsertRecorder,
     describe_layers,
     describe_spec,
+    env_layers,
+    insert_recorder,
     read_log,
     write_log,
 )
@@ -148,11 +150,7 @@ def single_envs(vec_env: VecEnv) -> Iterator[gymnasium.Env[Any, Any]]:
     base = vec_env.unwrapped
     envs = base.envs if isinstance(base, DummyVecEnv) else []
     for env in envs:
-        layer = env
-        while isinstance(layer, gymnasium.Wrapper):
-            yield layer
-            layer = layer.env
-        yield layer
+        yield from env_layers(env)
 
 
 def _describe_envs(base: VecEnv) -> list[EnvDescription]:
@@ -188,9 +186,8 @@ def _restore_env_states(base: VecEnv, states: list[EnvState]) -> list[str | None
 
 
 def _insert_into_list(envs: list[Any]) -> None:
-    insert = InsertRecorder()
     for i, env in enumerate(envs):
-        if not isinstance(env, EpisodeRecorder) and not isinstance(env, insert):  # type: ignore[arg-type]
+        if not insert_recorder(env):
             envs[i] = EpisodeRecorder(env)
 
 
