@@ -11,7 +11,7 @@ import pickle
 import platform
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -41,6 +41,9 @@ from sb3_lecture_dqn.training_state import (
 )
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
 from sb3_lecture_dqn.vec_env_state import insert_recorders
+
+if TYPE_CHECKING:  # it imports this module
+    from sb3_lecture_dqn.lecture_dqn import LectureDQN
 
 #: Errors that may pass while a run goes on.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -94,6 +97,7 @@ class ResumableCheckpointCallback(BaseCallback):
         another one
     """
 
+    model: "LectureDQN"  # which is looked at when training starts
     #: Attributes that the resumed run has of its own.
     not_in_checkpoints: ClassVar[frozenset[str]] = frozenset(
         {"save_freq", "folder", "keep_last", "_state", "_replay_buffer_files"}
@@ -139,9 +143,8 @@ class ResumableCheckpointCallback(BaseCallback):
     # Saving
 
     def _save(self, state: TrainingState, *, is_first: bool = False) -> None:
-        model: Any = self.model
-        model.check_divergence()  # what has diverged must not push out the last good checkpoint
-        self._saved_at = model.num_timesteps
+        self.model.check_divergence()  # what has diverged must not push out the last good checkpoint
+        self._saved_at = self.model.num_timesteps
         try:
             run = state.take()
         except OSError as error:
@@ -172,8 +175,8 @@ class ResumableCheckpointCallback(BaseCallback):
         )
 
     def _write(self, state: TrainingState, run: dict[str, Any]) -> Path:
-        model: Any = self.model
-        replay_buffer = model.replay_buffer
+        model, replay_buffer = self.model, self.model.replay_buffer
+        assert replay_buffer is not None
         parameters = take_parameters(model)
         saved: dict[str, Any] = {"run": run}
         writers: dict[str, Writer] = {}
@@ -198,14 +201,15 @@ class ResumableCheckpointCallback(BaseCallback):
     def _resume(self, checkpoint: Checkpoint, state: TrainingState) -> None:
         check_same_run(checkpoint.facts["settings"], self._settings(state), self.folder)
         _warn_of_other_versions(checkpoint)
-        model: Any = self.model
+        model, replay_buffer = self.model, self.model.replay_buffer
+        assert replay_buffer is not None
         saved = pickle.loads(checkpoint.file(STATE_FILE).read_bytes())
         restore_parameters(model, checkpoint.file(PARAMETERS_FILE))
         if "replay_buffer" in saved:
-            self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], model.replay_buffer)
+            self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], replay_buffer)
         else:
             loaded = pickle.loads(checkpoint.file(REPLAY_BUFFER_FILE).read_bytes())
-            vars(model.replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
+            vars(replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
         reasons = state.restore(saved["run"])
         for reason in filter(None, reasons[1:]):
             warnings.warn(f"an environment of a callback could not be brought back ({reason})", stacklevel=2)
@@ -220,7 +224,7 @@ class ResumableCheckpointCallback(BaseCallback):
             "would have been",
             stacklevel=2,
         )
-        model: Any = self.model
+        model: Any = self.model  # whose hints are narrower than what SB3 itself assigns to these attributes
         model._last_obs = model.env.reset()
         model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
         if model.get_vec_normalize_env() is not None:

@@ -12,7 +12,7 @@ import pickle
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -31,6 +31,9 @@ from sb3_lecture_dqn.vec_env_state import (
     take_vec_env_state,
     vec_env_layers,
 )
+
+if TYPE_CHECKING:  # it imports this module
+    from sb3_lecture_dqn.lecture_dqn import LectureDQN
 
 #: Attributes of the algorithm that training changes.
 ALGORITHM_STATE = (
@@ -67,7 +70,7 @@ class TrainingState:
     :param callback: The run's callback; those within it are found from there
     """
 
-    def __init__(self, model: Any, callback: BaseCallback) -> None:
+    def __init__(self, model: "LectureDQN", callback: BaseCallback) -> None:
         self._model = model
         self._callbacks = _callback_tree(callback)
         self._vec_envs = self._find_vec_envs()
@@ -148,7 +151,9 @@ class TrainingState:
 
     def _find_vec_envs(self) -> list[VecEnv]:
         """The training environment, and those of the callbacks."""
-        found = [self._model.get_env()]
+        training_env = self._model.get_env()
+        assert training_env is not None
+        found = [training_env]
         for callback in self._callbacks.values():
             found += [value for value in vars(callback).values() if isinstance(value, VecEnv)]
         by_base = {id(vec_env.unwrapped): vec_env for vec_env in reversed(found)}
@@ -178,7 +183,7 @@ class TrainingState:
         return live
 
 
-def take_parameters(model: Any) -> bytes:
+def take_parameters(model: "LectureDQN") -> bytes:
     """
     θ, ψ and the state of the optimizer.
 
@@ -199,7 +204,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def restore_parameters(model: Any, path: Path) -> None:
+def restore_parameters(model: "LectureDQN", path: Path) -> None:
     """
     Bring θ, ψ and the optimizer back.
 
