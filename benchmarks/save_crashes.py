@@ -40,12 +40,12 @@ class DiesWhileSaving(ResumableCheckpointCallback):
 
     not_in_checkpoints = ResumableCheckpointCallback.not_in_checkpoints | {"_saves_to_live", "_seconds"}
 
-    def _save(self, state: Any) -> None:
+    def _save(self, state: Any, *, is_first: bool = False) -> None:
         self._saves_to_live -= 1
         if self._saves_to_live == 0:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, without any of its code
             signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-6))
-        super()._save(state)
+        super()._save(state, is_first=is_first)
 
 
 def make_model() -> LectureDQN:
@@ -66,9 +66,9 @@ def seconds_per_save(folder: Path) -> float:
     durations = []
 
     class Timed(ResumableCheckpointCallback):
-        def _save(self, state: Any) -> None:
+        def _save(self, state: Any, *, is_first: bool = False) -> None:
             start = time.perf_counter()
-            super()._save(state)
+            super()._save(state, is_first=is_first)
             durations.append(time.perf_counter() - start)
 
     make_model().learn(20 * SAVE_FREQ, callback=Timed(SAVE_FREQ, folder, keep_last=2))

@@ -7,8 +7,11 @@ Checkpoints on disk: whole or not at all, and checked before anything in them is
       checkpoint_10000/          one for each of the last K
         manifest.json            steps, settings, and the SHA-256 of every file that the checkpoint needs, this one included
         parameters.pt, state.pkl, ...
+      checkpoint_9000.5e2a….damaged/   what was found damaged: nothing reads it, and it is never deleted
       replay_buffer/             shared: each file holds the transitions that were new when it was written
         rows_0_10000_1f0c….npz
+
+Nothing is deleted whose name is not one of these, or of what a crash leaves of them: a folder may hold other files.
 
 A checkpoint is written under another name, each file flushed to the disk, and renamed at the end; so whatever has the name of
 a checkpoint is a whole one, unless the disk damages it later, which the checksums tell.
@@ -30,9 +33,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED_FOLDER = "replay_buffer"
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-_LEFTOVER_ENDINGS = (".unfinished", ".replaced", ".deleted", ".damaged")
+_LEFTOVER = re.compile(r"checkpoint_\d+(\.[0-9a-f]{32})?\.(unfinished|replaced|deleted)")
+_SHARED_FILE = re.compile(r".+_[0-9a-f]{32}\.npz(\.unfinished)?")
 
-Writer = Callable[[BinaryIO], None]
+Writer = Callable[[BinaryIO], object]
 
 
 class UnreadableCheckpointError(ValueError):
@@ -134,7 +138,7 @@ def write_checkpoint(
         "shared_files": [list(record) for record in shared_files],
     }
     content = json.dumps({**manifest, "sha256": _manifest_sha256(manifest)}, indent=1).encode()
-    _write_file(unfinished / MANIFEST, lambda file: _write_all(file, content))
+    _write_file(unfinished / MANIFEST, lambda file: file.write(content))
     _flush_folder(unfinished)
     if target.exists():  # a run that was resumed from an earlier checkpoint comes by again
         os.replace(target, folder / f"{target.name}.{uuid.uuid4().hex}.replaced")
@@ -143,10 +147,10 @@ def write_checkpoint(
     return Checkpoint(target, num_timesteps, dict(facts), files, list(shared_files))
 
 
-def keep_last(folder: Path, n_checkpoints: int) -> None:
+def delete_all_but_last(folder: Path, n_checkpoints: int) -> None:
     """
     Delete all but the newest checkpoints, what crashes left behind, and the shared files that no checkpoint needs. What cannot
-    be deleted stays.
+    be deleted stays, and so does what was set aside as damaged.
 
     :param folder: The folder of the checkpoints
     :param n_checkpoints: How many to keep
@@ -160,12 +164,12 @@ def keep_last(folder: Path, n_checkpoints: int) -> None:
 
 def delete_leftovers(folder: Path) -> None:
     """
-    Delete what crashes and failed saves left behind.
+    Delete what crashes and failed saves left behind, and the shared files that no checkpoint needs.
 
     :param folder: The folder of the checkpoints
     """
     for path in folder.glob("checkpoint_*"):
-        if path.name.endswith(_LEFTOVER_ENDINGS):
+        if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     needed: set[str] = set()
     for path in _checkpoint_paths(folder):
@@ -174,7 +178,7 @@ def delete_leftovers(folder: Path) -> None:
         except (UnreadableCheckpointError, OSError):
             return  # nobody knows what it needs
     for path in (folder / SHARED_FOLDER).glob("*"):
-        if path.name not in needed:
+        if path.name not in needed and _SHARED_FILE.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -185,10 +189,6 @@ def _write_file(path: Path, write: Writer) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, path.stat().st_size, file_sha256(path))
-
-
-def _write_all(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -231,7 +231,8 @@ def has_checkpoints(folder: Path) -> bool:
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """
     The newest whole checkpoint. One that cannot be read is named in a warning, and the one before it is used. Only a damaged
-    one is set aside: another may be read again, when a disk has come back or by a newer version.
+    one is set aside, under another name, where it stays: another may be read again, when a disk has come back or by a newer
+    version.
 
     :param folder: The folder of the checkpoints
     :return: The checkpoint; ``None`` if there is none at all

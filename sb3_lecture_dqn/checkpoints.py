@@ -11,21 +11,21 @@ import pickle
 import platform
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
 import stable_baselines3
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_lecture_dqn.checkpoint_files import (
     Checkpoint,
     Writer,
+    delete_all_but_last,
     delete_leftovers,
-    keep_last,
     newest_checkpoint,
     write_checkpoint,
 )
@@ -41,6 +41,9 @@ from sb3_lecture_dqn.training_state import (
 )
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
 from sb3_lecture_dqn.vec_env_state import insert_recorders
+
+if TYPE_CHECKING:  # it imports this module
+    from sb3_lecture_dqn.lecture_dqn import LectureDQN
 
 #: Errors that may pass while a run goes on.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -77,8 +80,10 @@ class ResumableCheckpointCallback(BaseCallback):
     ``docs/resume.md``.
 
     Saving happens when SB3 begins to collect, at the first such moment after every ``save_freq`` steps, and before the first
-    step. If the disk does not take a checkpoint, that is a warning: the run goes on, and the checkpoints before it stay. If it
-    does not take the first one, and is not full, that is an error.
+    step. If the disk does not take a checkpoint, or does not give a file that the run writes (a log, ``Monitor``'s), that is a
+    warning: the run goes on, and the checkpoints before it stay. At the first checkpoint it is an error, but for a full disk.
+
+    It is for a :class:`~sb3_lecture_dqn.LectureDQN`, whose state it knows, and for no other algorithm.
 
     Loading a checkpoint unpickles: use only folders that you trust.
 
@@ -86,11 +91,13 @@ class ResumableCheckpointCallback(BaseCallback):
     :param folder: Where the checkpoints are; one for each run
     :param keep_last: How many checkpoints are kept, at least 1
     :param verbose: 0 for no output, 1 for a line at each checkpoint
-    :raises ValueError: if a number is out of its range; or, when training starts, if the folder holds another run (other
-        settings, another environment, another number of steps) or no checkpoint that can be read, or cannot be written to, or
-        this callback is within another one
+    :raises ValueError: if a number is out of its range; or, when training starts, if the model is no ``LectureDQN``; the
+        folder holds another run (other settings, another environment, another number of steps) or no checkpoint that can be
+        read, or cannot be written to; a file of the logger's or of ``Monitor`` cannot be read; or this callback is within
+        another one
     """
 
+    model: "LectureDQN"  # which is looked at when training starts
     #: Attributes that the resumed run has of its own.
     not_in_checkpoints: ClassVar[frozenset[str]] = frozenset(
         {"save_freq", "folder", "keep_last", "_state", "_replay_buffer_files"}
@@ -108,6 +115,12 @@ class ResumableCheckpointCallback(BaseCallback):
         self._replay_buffer_files = ReplayBufferFiles()
 
     def _on_training_start(self) -> None:
+        from sb3_lecture_dqn.lecture_dqn import LectureDQN  # which imports this module
+
+        if not isinstance(self.model, LectureDQN):
+            raise ValueError(
+                f"model must be a LectureDQN to be trained with ResumableCheckpointCallback, got {type(self.model).__name__}"
+            )
         if self._state is not None:
             raise ValueError("callback must be a new ResumableCheckpointCallback, with a folder of its own, for each learn()")
 
@@ -130,43 +143,52 @@ class ResumableCheckpointCallback(BaseCallback):
     # Saving
 
     def _save(self, state: TrainingState, *, is_first: bool = False) -> None:
-        model: Any = self.model
-        model.check_divergence()  # what has diverged must not push out the last good checkpoint
-        self._saved_at = model.num_timesteps
+        self.model.check_divergence()  # what has diverged must not push out the last good checkpoint
+        self._saved_at = self.model.num_timesteps
         try:
-            path = self._write(state)
+            run = state.take()
+        except OSError as error:
+            if is_first:
+                raise ValueError(f"the files of the logger and of Monitor must be readable, got {error}") from error
+            self._warn_that_nothing_was_saved(error)
+            return
+        try:
+            path = self._write(state, run)
         except OSError as error:
             if is_first and error.errno not in FULL_DISK:
                 raise ValueError(
                     f"folder must be one in which checkpoints can be written, got {self.folder} ({error})"
                 ) from error
-            warnings.warn(
-                f"no checkpoint was saved at step {model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
-                f"are in {self.folder} stay",
-                stacklevel=2,
-            )
+            self._warn_that_nothing_was_saved(error)
             self._replay_buffer_files.undo()
             delete_leftovers(self.folder)
             return
-        keep_last(self.folder, self.keep_last)
+        delete_all_but_last(self.folder, self.keep_last)
         if self.verbose >= 1:
             print(f"Saved {path}")
 
-    def _write(self, state: TrainingState) -> Path:
-        model: Any = self.model
-        replay_buffer = model.replay_buffer
+    def _warn_that_nothing_was_saved(self, error: OSError) -> None:
+        warnings.warn(
+            f"no checkpoint was saved at step {self.model.num_timesteps} ({error}); the run goes on, and the checkpoints that "
+            f"are in {self.folder} stay",
+            stacklevel=3,
+        )
+
+    def _write(self, state: TrainingState, run: dict[str, Any]) -> Path:
+        model, replay_buffer = self.model, self.model.replay_buffer
+        assert replay_buffer is not None
         parameters = take_parameters(model)
-        run: dict[str, Any] = {"run": state.take()}
+        saved: dict[str, Any] = {"run": run}
         writers: dict[str, Writer] = {}
         row_files = []
         if stores_rows_as_sb3(replay_buffer):
             row_files = self._replay_buffer_files.write_new_rows(self.folder, replay_buffer, model.num_timesteps)
-            run["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
+            saved["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
         else:
             writers[REPLAY_BUFFER_FILE] = lambda file: pickle.dump(replay_buffer, file, pickle.HIGHEST_PROTOCOL)
-        pickled = dump_state(run)
-        writers[PARAMETERS_FILE] = lambda file: _write_all(file, parameters)
-        writers[STATE_FILE] = lambda file: _write_all(file, pickled)
+        pickled = dump_state(saved)
+        writers[PARAMETERS_FILE] = lambda file: file.write(parameters)
+        writers[STATE_FILE] = lambda file: file.write(pickled)
         facts = {"settings": self._settings(state), "versions": _versions()}
         return write_checkpoint(self.folder, model.num_timesteps, writers, row_files, facts).path
 
@@ -179,14 +201,15 @@ class ResumableCheckpointCallback(BaseCallback):
     def _resume(self, checkpoint: Checkpoint, state: TrainingState) -> None:
         check_same_run(checkpoint.facts["settings"], self._settings(state), self.folder)
         _warn_of_other_versions(checkpoint)
-        model: Any = self.model
+        model, replay_buffer = self.model, self.model.replay_buffer
+        assert replay_buffer is not None
         saved = pickle.loads(checkpoint.file(STATE_FILE).read_bytes())
         restore_parameters(model, checkpoint.file(PARAMETERS_FILE))
         if "replay_buffer" in saved:
-            self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], model.replay_buffer)
+            self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], replay_buffer)
         else:
             loaded = pickle.loads(checkpoint.file(REPLAY_BUFFER_FILE).read_bytes())
-            vars(model.replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
+            vars(replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
         reasons = state.restore(saved["run"])
         for reason in filter(None, reasons[1:]):
             warnings.warn(f"an environment of a callback could not be brought back ({reason})", stacklevel=2)
@@ -201,7 +224,7 @@ class ResumableCheckpointCallback(BaseCallback):
             "would have been",
             stacklevel=2,
         )
-        model: Any = self.model
+        model: Any = self.model  # whose hints are narrower than what SB3 itself assigns to these attributes
         model._last_obs = model.env.reset()
         model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
         if model.get_vec_normalize_env() is not None:
@@ -221,16 +244,12 @@ def record_for_checkpoints(callback: MaybeCallback, vec_env: VecEnv | None) -> N
         insert_recorders(vec_env)
 
 
-def _makes_checkpoints(callback: Any) -> bool:
-    if isinstance(callback, ResumableCheckpointCallback):
-        return True
-    children = vars(callback).values() if isinstance(callback, BaseCallback) else [callback]
-    lists = (child for child in children if isinstance(child, list))
-    return any(_makes_checkpoints(child) for children in lists for child in children)
-
-
-def _write_all(file: Any, content: bytes) -> None:
-    file.write(content)
+def _makes_checkpoints(callback: MaybeCallback) -> bool:
+    if isinstance(callback, CallbackList):
+        callback = callback.callbacks
+    if isinstance(callback, list):
+        return any(map(_makes_checkpoints, callback))
+    return isinstance(callback, ResumableCheckpointCallback)
 
 
 def _warn_of_other_versions(checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ observation tells whether the environment is where it was.
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import gymnasium
 import numpy as np
@@ -31,7 +31,7 @@ class EnvState(NamedTuple):
     :param outer_attributes: Pickle of those of the wrapper around the recorder, now
     :param logs: For each ``Monitor`` the content of its file
     :param random_state: State of the process's generators, of a process that has no other use for them
-    :param replay: The episode so far, or ``None`` where the attributes are all
+    :param replay: Pickle of the :class:`Episode` so far, or ``None`` where the attributes are all
     :param reason: Why the environment cannot be brought back, or ``None``
     """
 
@@ -39,7 +39,7 @@ class EnvState(NamedTuple):
     outer_attributes: bytes
     logs: list[bytes | None]
     random_state: dict[str, Any] | None
-    replay: "Episode | None"
+    replay: bytes | None
     reason: str | None
 
 
@@ -63,7 +63,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
     Passes everything on, and remembers what it takes to bring the environment back.
 
-    It is put below the outermost wrapper (SB3's ``Monitor``, as a rule) by :class:`InsertRecorder`.
+    It is put below the outermost wrapper (SB3's ``Monitor``, as a rule) by :func:`insert_recorder`.
 
     :param env: The environment
     :param outer: The wrapper around this one, if any
@@ -122,18 +122,25 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         outer = [] if self._outer is None else [self._outer]
         return EnvDescription(describe_layers([*outer, *self._layers()]), *describe_spec(self.unwrapped.spec))
 
-    def take_checkpoint_state(self) -> EnvState:
+    def take_checkpoint_state(self) -> EnvState | OSError:
         """
         The state of the environment.
 
-        :return: Something that can be pickled
+        :return: Something that can be pickled. If the file of a ``Monitor`` cannot be read, the error: raised here, it would
+            end the process of a ``SubprocVecEnv``
         """
+        try:
+            return self._take_state()
+        except OSError as error:
+            return error
+
+    def _take_state(self) -> EnvState:
         attributes, left_out = self._attributes()
         reason, replay = None, None
         if left_out:
             if self._needs_replay and self._before_reset is not None:
                 attributes = self._before_reset
-                replay = Episode(self._reset_kwargs, self._actions, self._last_observation)
+                replay, reason = self._take_episode()
             elif self._needs_replay is False:
                 reason = f"{', '.join(left_out)} can no longer be pickled"
                 self._needs_replay, self._before_reset = True, None  # from the next reset on
@@ -151,7 +158,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         """
         Bring the environment back.
 
-        :param state: What :meth:`take_checkpoint_state` gave
+        :param state: What :meth:`take_checkpoint_state` gave, but for an error
         :return: ``None``, or why the environment is not where it was and has to be reset
         """
         live = self._live_objects()
@@ -159,7 +166,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._set_attributes(live.loads(state.attributes))
         if state.replay is not None:
             self._needs_replay, self._before_reset = True, state.attributes
-            reason = state.reason or self._replay(state.replay)
+            reason = state.reason or self._replay(Episode(**live.loads(state.replay)))
         if self._outer is not None:
             vars(self._outer).update(live.loads(state.outer_attributes))
         for layer, content in zip((self._outer, *self._layers()), state.logs, strict=True):
@@ -167,6 +174,12 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         if state.random_state is not None and multiprocessing.parent_process() is not None:
             restore_random_state(state.random_state)
         return reason
+
+    def _take_episode(self) -> tuple[bytes, str | None]:
+        """The pickled episode; and why it cannot be replayed, or ``None``."""
+        episode = Episode(self._reset_kwargs, self._actions, self._last_observation)
+        data, left_out = self._live_objects().dumps_attributes(episode._asdict())
+        return data, f"{', '.join(left_out)} of its episode cannot be pickled" if left_out else None
 
     def _replay(self, episode: Episode) -> str | None:
         self._reset_kwargs, self._actions = episode.reset_kwargs, list(episode.actions)
@@ -184,11 +197,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     # What the environment remembers
 
     def _layers(self) -> Iterator[gymnasium.Env[Any, Any]]:
-        layer = self.env
-        while isinstance(layer, gymnasium.Wrapper):
-            yield layer
-            layer = layer.env
-        yield layer
+        return env_layers(self.env)
 
     def _live_objects(self) -> LiveObjects:
         live = LiveObjects()
@@ -204,7 +213,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     def _attributes(self) -> tuple[bytes, list[str]]:
         """The pickled attributes, and the names of those that cannot be pickled."""
         live = self._live_objects()
-        attributes: dict[Any, Any] = {("space", name): vars(space) for name, space in live.spaces()}
+        attributes: dict[Any, Any] = {("space", name): vars(space) for name, space in live.named_spaces()}
         for index, layer in enumerate(self._layers()):
             attributes.update({(index, name): value for name, value in _state_of(layer).items()})
             if layer is layer.unwrapped and _has_emulator_state(layer):
@@ -218,7 +227,7 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _set_attributes(self, attributes: dict[Any, Any]) -> None:
         live = self._live_objects()
-        spaces = dict(live.spaces())
+        spaces = dict(live.named_spaces())
         layers = list(self._layers())
         for (owner, name), value in attributes.items():
             if owner == "space":
@@ -229,18 +238,45 @@ class EpisodeRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
                 vars(layers[owner])[name] = value
 
 
+def insert_recorder(env: Any) -> bool:
+    """
+    Put an :class:`EpisodeRecorder` below the outermost wrapper of an environment.
+
+    :param env: The environment; doing it twice changes nothing
+    :return: Whether there is one now; an environment in no wrapper has no place for it
+    """
+    if isinstance(env, EpisodeRecorder):
+        return True
+    if not isinstance(env, gymnasium.Wrapper):
+        return False
+    if not isinstance(env.env, EpisodeRecorder):
+        env.env = EpisodeRecorder(env.env, env)
+    return True
+
+
 class InsertRecorder:
     """
-    Puts an :class:`EpisodeRecorder` into the sub-environments of a ``VecEnv``, in whatever process they are.
+    Calls :func:`insert_recorder` for the sub-environments of a ``VecEnv``, in whatever process they are.
 
     It stands for a class in ``VecEnv.env_is_wrapped``: there SB3 asks ``isinstance(env, wrapper_class)`` beside the
     environment, also in ``SubprocVecEnv``'s workers, and Python passes that question on to ``__instancecheck__``.
     """
 
     def __instancecheck__(self, env: Any) -> bool:
-        if isinstance(env, gymnasium.Wrapper) and not isinstance(env.env, EpisodeRecorder):
-            env.env = EpisodeRecorder(env.env, env)
-        return isinstance(env, gymnasium.Wrapper)
+        return insert_recorder(env)
+
+
+def env_layers(env: gymnasium.Env[Any, Any]) -> Iterator[gymnasium.Env[Any, Any]]:
+    """
+    The wrappers of an environment, the outermost first, and the environment in them.
+
+    :param env: The environment
+    :return: All of them
+    """
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
 
 
 def describe_layers(layers: Sequence[Any], innermost: str = "") -> str:
@@ -288,10 +324,20 @@ def write_log(owner: Any, content: bytes | None) -> None:
     """
     writer = getattr(owner, "results_writer", None)
     if writer is not None and content is not None:
-        writer.file_handler.seek(0)
-        writer.file_handler.truncate()
-        writer.file_handler.write(content.decode())
-        writer.file_handler.flush()
+        rewrite(writer.file_handler, content)
+
+
+def rewrite(file: TextIO, content: bytes) -> None:
+    """
+    Put another content into an open file.
+
+    :param file: The file, which stays open
+    :param content: What it is to hold
+    """
+    file.seek(0)
+    file.truncate()
+    file.write(content.decode())
+    file.flush()
 
 
 def _state_of(layer: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class LiveObjects:
             if isinstance(value, spaces.Space):
                 self.add(f"{name}.{attribute}", value)
 
-    def spaces(self) -> Iterator[tuple[str, spaces.Space[Any]]]:
+    def named_spaces(self) -> Iterator[tuple[str, spaces.Space[Any]]]:
         """
         The spaces, whose generators are state.
 

@@ -2,17 +2,17 @@
 The state of a training run beside its replay buffer: the algorithm, its networks, callbacks, environments, log and generators.
 
 Everything here that is private to Stable-Baselines3 is named in the constants below, and ``tests/test_upstream.py`` says when
-one of them goes.
+one of them goes. The name of a file of TensorBoard's is private too; ``tests/test_resume.py`` says when that goes.
 """
 
+import contextlib
 import inspect
 import io
 import pickle
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_lecture_dqn.episode_recorder import rewrite
 from sb3_lecture_dqn.live_objects import LiveObjects
 from sb3_lecture_dqn.random_state import random_state, restore_random_state
 from sb3_lecture_dqn.vec_env_state import (
@@ -30,6 +31,9 @@ from sb3_lecture_dqn.vec_env_state import (
     take_vec_env_state,
     vec_env_layers,
 )
+
+if TYPE_CHECKING:  # it imports this module
+    from sb3_lecture_dqn.lecture_dqn import LectureDQN
 
 #: Attributes of the algorithm that training changes.
 ALGORITHM_STATE = (
@@ -66,9 +70,9 @@ class TrainingState:
     :param callback: The run's callback; those within it are found from there
     """
 
-    def __init__(self, model: Any, callback: BaseCallback) -> None:
+    def __init__(self, model: "LectureDQN", callback: BaseCallback) -> None:
         self._model = model
-        self._callbacks = dict(_callback_tree("callback", callback, set()))
+        self._callbacks = _callback_tree(callback)
         self._vec_envs = self._find_vec_envs()
         for vec_env in self._vec_envs:
             insert_recorders(vec_env)
@@ -80,6 +84,7 @@ class TrainingState:
         The state, without the networks and the replay buffer.
 
         :return: Something that can be pickled
+        :raises OSError: if a file of the logger's or of a ``Monitor`` cannot be read
         """
         model, live = self._model, self._live_objects()
         algorithm = live.dumps({name: getattr(model, name) for name in ALGORITHM_STATE})
@@ -94,7 +99,7 @@ class TrainingState:
         return {
             "algorithm": algorithm,
             "generator": model.random_generator.bit_generator.state,
-            "spaces": {name: live.dumps(vars(space)) for name, space in live.spaces()},
+            "spaces": {name: live.dumps(vars(space)) for name, space in live.named_spaces()},
             "callbacks": callbacks,
             "vec_envs": vec_envs,
             "logger": live.dumps({name: dict(getattr(model.logger, name)) for name in LOGGER_STATE}),
@@ -119,9 +124,6 @@ class TrainingState:
         model.start_time = time.time_ns() - int(state["seconds"] * 1e9)
         for name, callback in self._callbacks.items():
             vars(callback).update(live.loads(state["callbacks"][name]))
-        spaces = dict(live.spaces())
-        for name, attributes in state["spaces"].items():
-            vars(spaces[name]).update(live.loads(attributes))
         for name, values in live.loads(state["logger"]).items():
             mapping = getattr(model.logger, name)
             mapping.clear()
@@ -131,6 +133,10 @@ class TrainingState:
             restore_vec_env_state(vec_env, vec_env_state, live)
             for vec_env, vec_env_state in zip(self._vec_envs, state["vec_envs"], strict=True)
         ]
+        # Last, for an environment that was replayed left them where they were at the beginning of its episode.
+        spaces = dict(live.named_spaces())
+        for name, attributes in state["spaces"].items():
+            vars(spaces[name]).update(live.loads(attributes))
         restore_random_state(state["random"])
         return reasons
 
@@ -145,7 +151,9 @@ class TrainingState:
 
     def _find_vec_envs(self) -> list[VecEnv]:
         """The training environment, and those of the callbacks."""
-        found = [self._model.get_env()]
+        training_env = self._model.get_env()
+        assert training_env is not None
+        found = [training_env]
         for callback in self._callbacks.values():
             found += [value for value in vars(callback).values() if isinstance(value, VecEnv)]
         by_base = {id(vec_env.unwrapped): vec_env for vec_env in reversed(found)}
@@ -175,7 +183,7 @@ class TrainingState:
         return live
 
 
-def take_parameters(model: Any) -> bytes:
+def take_parameters(model: "LectureDQN") -> bytes:
     """
     θ, ψ and the state of the optimizer.
 
@@ -196,7 +204,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def restore_parameters(model: Any, path: Path) -> None:
+def restore_parameters(model: "LectureDQN", path: Path) -> None:
     """
     Bring θ, ψ and the optimizer back.
 
@@ -218,18 +226,26 @@ def dump_state(state: dict[str, Any]) -> bytes:
     return pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def _callback_tree(name: str, callback: BaseCallback, seen: set[int]) -> Iterator[tuple[str, BaseCallback]]:
+def _callback_tree(root: BaseCallback) -> dict[str, BaseCallback]:
     """A callback and those within it, each named by the way to it."""
-    if id(callback) in seen:
-        return
-    seen.add(id(callback))
-    yield f"{name}:{type(callback).__name__}", callback
-    for attribute, value in vars(callback).items():
-        if attribute in NOT_A_CALLBACKS_OWN:
-            continue
-        for index, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, BaseCallback):
-                yield from _callback_tree(f"{name}.{attribute}[{index}]", child, seen)
+    tree: dict[str, BaseCallback] = {}
+    waiting = [("callback", root)]
+    while waiting:
+        name, callback = waiting.pop()
+        if all(callback is not known for known in tree.values()):
+            tree[f"{name}:{type(callback).__name__}"] = callback
+            waiting += reversed(_children(name, callback))
+    return tree
+
+
+def _children(name: str, callback: BaseCallback) -> list[tuple[str, BaseCallback]]:
+    return [
+        (f"{name}.{attribute}[{index}]", child)
+        for attribute, value in vars(callback).items()
+        if attribute not in NOT_A_CALLBACKS_OWN
+        for index, child in enumerate(value if isinstance(value, list) else [value])
+        if isinstance(child, BaseCallback)
+    ]
 
 
 def _own_attributes(callback: BaseCallback) -> dict[str, Any]:
@@ -260,10 +276,7 @@ def _restore_log(log: Any, state: dict[str, Any], num_timesteps: int) -> None:
     if isinstance(log, TensorBoardOutputFormat):
         _continue_tensorboard(log, state["folder"], num_timesteps)
     elif "content" in state and _has_own_file(log):
-        log.file.seek(0)
-        log.file.truncate()
-        log.file.write(state["content"].decode())
-        log.file.flush()
+        rewrite(log.file, state["content"])
         if isinstance(log, CSVOutputFormat):
             log.keys = state["keys"]
 
@@ -272,13 +285,13 @@ def _continue_tensorboard(log: TensorBoardOutputFormat, folder: str, num_timeste
     """Go on in the folder of before; TensorBoard drops what the lost part of the run wrote after the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
 
-    new_folder = Path(log.writer.log_dir)
-    log.writer.close()
-    if new_folder.resolve() != Path(folder).resolve() and new_folder.exists():  # made a moment ago, for nothing
-        for path in new_folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        if not any(new_folder.iterdir()):
-            new_folder.rmdir()
+    writer: Any = log.writer
+    new_file = Path(writer.file_writer.event_writer._file_name)
+    writer.close()
+    if new_file.parent.resolve() != Path(folder).resolve():  # made a moment ago, for nothing
+        new_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds the files of another run
+            new_file.parent.rmdir()
     log.writer = SummaryWriter(log_dir=folder, purge_step=num_timesteps + 1)
 
 

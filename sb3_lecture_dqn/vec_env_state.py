@@ -15,6 +15,8 @@ from sb3_lecture_dqn.episode_recorder import (
     InsertRecorder,
     describe_layers,
     describe_spec,
+    env_layers,
+    insert_recorder,
     read_log,
     write_log,
 )
@@ -89,6 +91,7 @@ def take_vec_env_state(vec_env: VecEnv, live: LiveObjects) -> VecEnvState:
     :param vec_env: The vector environment
     :param live: Objects to refer to by name
     :return: Something that can be pickled
+    :raises OSError: if the file of a ``Monitor`` or a ``VecMonitor`` cannot be read
     """
     layers = vec_env_layers(vec_env)
     envs, reason = _take_env_states(vec_env.unwrapped)
@@ -147,11 +150,7 @@ def single_envs(vec_env: VecEnv) -> Iterator[gymnasium.Env[Any, Any]]:
     base = vec_env.unwrapped
     envs = base.envs if isinstance(base, DummyVecEnv) else []
     for env in envs:
-        layer = env
-        while isinstance(layer, gymnasium.Wrapper):
-            yield layer
-            layer = layer.env
-        yield layer
+        yield from env_layers(env)
 
 
 def _describe_envs(base: VecEnv) -> list[EnvDescription]:
@@ -167,11 +166,16 @@ def _once(words: list[str]) -> str:
 
 def _take_env_states(base: VecEnv) -> tuple[list[EnvState], str | None]:
     if isinstance(base, GymVectorVecEnv):
-        recorders = _recorders(base.env)
-        return [recorder.take_checkpoint_state() for recorder in recorders], None
+        return [_state_or_raise(recorder.take_checkpoint_state()) for recorder in _recorders(base.env)], None
     if not base.has_attr("take_checkpoint_state"):
         return [], f"the environments of {type(base).__name__} are in no wrapper: put each in SB3's Monitor"
-    return base.env_method("take_checkpoint_state"), None
+    return [_state_or_raise(state) for state in base.env_method("take_checkpoint_state")], None
+
+
+def _state_or_raise(state: EnvState | OSError) -> EnvState:
+    if isinstance(state, OSError):
+        raise state
+    return state
 
 
 def _restore_env_states(base: VecEnv, states: list[EnvState]) -> list[str | None]:
@@ -182,9 +186,8 @@ def _restore_env_states(base: VecEnv, states: list[EnvState]) -> list[str | None
 
 
 def _insert_into_list(envs: list[Any]) -> None:
-    insert = InsertRecorder()
     for i, env in enumerate(envs):
-        if not isinstance(env, EpisodeRecorder) and not isinstance(env, insert):  # type: ignore[arg-type]
+        if not insert_recorder(env):
             envs[i] = EpisodeRecorder(env)
 
 

@@ -14,14 +14,16 @@ import pytest
 from gymnasium import spaces
 from resuming import differences, kills, load_benchmark, run
 from scripted_envs import CountingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, checkpoint_files
 from sb3_lecture_dqn.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
     UnreadableCheckpointError,
-    keep_last,
+    delete_all_but_last,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -68,9 +70,21 @@ def test_only_the_last_ones_and_what_they_need_are_kept(tmp_path: Path) -> None:
     for i in range(4):
         write(tmp_path, i, shared=records[max(0, i - 1) : i + 1])
     (tmp_path / "checkpoint_9.unfinished").mkdir()
-    keep_last(tmp_path, 2)
+    delete_all_but_last(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2", "checkpoint_3", SHARED_FOLDER]
     assert sorted(path.name for path in (tmp_path / SHARED_FOLDER).iterdir()) == sorted(r.name for r in records[1:])
+
+
+@pytest.mark.parametrize("name", ["replay_buffer/buffer.pkl", "replay_buffer/rows.npz", "checkpoint_notes.deleted/notes.txt"])
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path, name: str) -> None:
+    users = tmp_path / name
+    users.parent.mkdir(exist_ok=True)
+    users.write_text("the user's own")
+    for num_timesteps in (0, 1):
+        write(tmp_path, num_timesteps, shared=[write_shared_file(tmp_path, "rows", lambda file: file.write(b"rows"))])
+        delete_all_but_last(tmp_path, 1)
+    assert users.read_text() == "the user's own"
+    assert len(list((tmp_path / SHARED_FOLDER).glob("rows_*"))) == 1
 
 
 @pytest.mark.parametrize("victim", ["file", "manifest.json"])
@@ -89,6 +103,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     assert checkpoint is not None
     assert checkpoint.num_timesteps == 10
     newest_checkpoint(tmp_path)  # set aside: not named again, and not counted among the last ones
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_damaged_checkpoint_stays_for_what_can_be_saved_by_hand(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20, b"parameters")
+    (tmp_path / "checkpoint_20" / "manifest.json").write_bytes(b"")
+    newest_checkpoint(tmp_path)
+    for num_timesteps in (20, 30, 40):
+        write(tmp_path, num_timesteps)
+        delete_all_but_last(tmp_path, 1)
+    (damaged,) = tmp_path.glob("*.damaged")
+    assert (damaged / "file").read_bytes() == b"parameters"
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
@@ -127,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_stays(
         UserWarning, match=r"checkpoint_20 (cannot be read|has the format 99).*; the checkpoint before it is used"
     ):
         checkpoint = newest_checkpoint(tmp_path)
-    keep_last(tmp_path, 3)
+    delete_all_but_last(tmp_path, 3)
     monkeypatch.undo()
     assert checkpoint is not None
     assert checkpoint.num_timesteps == 10
@@ -280,6 +307,60 @@ def test_a_folder_that_can_never_be_written_to_ends_the_run_at_its_first_step(tm
     assert model.num_timesteps == 0
 
 
+def monitored_model(folder: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]) -> LectureDQN:
+    env = make_vec_env("CartPole-v1", seed=1, monitor_dir=str(folder), vec_env_cls=vec_env_cls)
+    return LectureDQN("MlpPolicy", env, buffer_size=250, learning_starts=10**6, seed=3, device="cpu")
+
+
+class HidesFile(BaseCallback):
+    """
+    Takes a file away for a while.
+
+    :param file: The file
+    :param steps: From which step on, and until which
+    """
+
+    def __init__(self, file: Path, steps: tuple[int, int]) -> None:
+        super().__init__()
+        self.file, self.steps = file, steps
+        self.hidden = file.with_suffix(".hidden")
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.steps[0]:
+            os.replace(self.file, self.hidden)
+        if self.num_timesteps == self.steps[1]:
+            os.replace(self.hidden, self.file)
+        return True
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_a_run_goes_on_without_a_checkpoint_while_a_file_of_its_own_cannot_be_read(
+    tmp_path: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]
+) -> None:
+    model = monitored_model(tmp_path, vec_env_cls)
+    callbacks = [ResumableCheckpointCallback(100, tmp_path / "run"), HidesFile(tmp_path / "0.monitor.csv", (150, 250))]
+    with pytest.warns(UserWarning, match=r"no checkpoint was saved at step 200 \(.*0\.monitor\.csv'\); the run goes on"):
+        model.learn(400, callback=callbacks)
+    model.env.close()  # type: ignore[union-attr]
+    checkpoints = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert checkpoints == ["checkpoint_0", "checkpoint_100", "checkpoint_300"]
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_a_file_of_the_run_that_cannot_be_read_at_its_first_step_is_named(
+    tmp_path: Path, vec_env_cls: type[DummyVecEnv | SubprocVecEnv]
+) -> None:
+    model = monitored_model(tmp_path, vec_env_cls)
+    (tmp_path / "0.monitor.csv").unlink()
+    with pytest.raises(
+        ValueError, match=r"files of the logger and of Monitor must be readable, got .*0\.monitor\.csv"
+    ) as error:
+        model.learn(400, callback=ResumableCheckpointCallback(100, tmp_path / "run"))
+    model.env.close()  # type: ignore[union-attr]
+    assert "\n" not in str(error.value)
+    assert model.num_timesteps == 0
+
+
 def save_and_die(folder: Path, point: int) -> None:
     """Save in a process that ends at the given file operation, as a power cut would end it."""
     operations = 0
@@ -306,7 +387,7 @@ def save_and_die(folder: Path, point: int) -> None:
 def test_a_crash_in_the_middle_of_a_save_leaves_a_checkpoint_to_continue_from(point: int, tmp_path: Path) -> None:
     assert not kills.in_new_process(save_and_die, tmp_path / "run", point)
     for leftover in (tmp_path / "run").glob("checkpoint_*"):
-        assert leftover.name.endswith(checkpoint_files._LEFTOVER_ENDINGS) or read_checkpoint(leftover)
+        assert checkpoint_files._LEFTOVER.fullmatch(leftover.name) or read_checkpoint(leftover)
     expected = run(small_model, 400, tmp_path / "reference")
     assert differences(run(small_model, 400, tmp_path / "run"), expected) == []
 

@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
@@ -262,6 +263,35 @@ def test_environments_in_gymnasiums_processes_start_new_episodes_and_say_so(tmp_
     assert second.num_timesteps == 200
 
 
+def test_random_actions_are_continued_in_the_middle_of_a_replayed_episode(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("LunarLander-v2", learning_starts=10**6)
+
+    expected = run(build, 60, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
+def lander_with_options(**options: Any) -> LectureDQN:
+    env = make_vec_env("LunarLander-v2", seed=1)
+    env.set_options(options)  # for the first episode, which is longer than these runs
+    return small_model(env)
+
+
+@pytest.mark.filterwarnings("error:.*not reproducible")
+def test_an_episode_that_began_with_functions_as_options_is_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return lander_with_options(wind=lambda: 1.0)
+
+    expected = run(build, 60, tmp_path / "reference", save_freq=20)
+    assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
+def test_an_episode_that_began_with_options_that_cannot_be_pickled_is_given_up(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"not reproducible \(reset_kwargs of its episode cannot be pickled\)"):
+        model = interrupted_run(lambda: lander_with_options(owner=weakref.ref(LectureDQN)), 60, tmp_path, 50, save_freq=20)
+    assert model.num_timesteps == 60
+
+
 class HoldsALock(VecEnvWrapper):
     """A wrapper with an attribute that cannot be pickled."""
 
@@ -399,6 +429,15 @@ def test_a_place_where_it_is_not_called_is_refused(tmp_path: Path) -> None:
         small_model("CartPole-v1").learn(60, callback=EveryNTimesteps(20, ResumableCheckpointCallback(50, tmp_path)))
 
 
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_a_model_of_another_algorithm_is_refused(algorithm: type[DQN | PPO], tmp_path: Path) -> None:
+    model = algorithm("MlpPolicy", "CartPole-v1", device="cpu")
+    with pytest.raises(ValueError, match=f"model must be a LectureDQN to be trained with .*, got {algorithm.__name__}$"):
+        model.learn(60, callback=ResumableCheckpointCallback(50, tmp_path / "run"))
+    assert model.num_timesteps == 0
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("name", "value"), [("save_freq", 0), ("keep_last", 0), ("save_freq", 1.5)])
 def test_numbers_out_of_range_are_named(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
@@ -452,3 +491,21 @@ def test_tensorboard_goes_on_in_the_same_folder_without_double_points(tmp_path: 
     interrupted_run(lambda: build(tmp_path / "log b"), 600, tmp_path / "b", 380)
     assert len(points(tmp_path / "log a")) > 3
     assert points(tmp_path / "log b") == points(tmp_path / "log a")
+
+
+def test_continuing_a_run_leaves_the_tensorboard_files_of_others(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    def learn(interrupt_at: int = 1_000) -> None:
+        model = small_model("CartPole-v1", tensorboard_log=str(tmp_path / "log"))
+        callbacks = [ResumableCheckpointCallback(100, tmp_path / "run"), InterruptAt(interrupt_at)]
+        model.learn(300, callback=callbacks, reset_num_timesteps=False)  # for which SB3 takes the newest folder that is there
+
+    with pytest.raises(Interruption):
+        learn(interrupt_at=250)
+    small_model("CartPole-v1", tensorboard_log=str(tmp_path / "log")).learn(100)
+    others = {path: path.read_bytes() for path in (tmp_path / "log").rglob("events.*")}
+    learn()
+    left = {path: path.read_bytes() for path in others if path.exists()}
+    assert left == others
+    assert len(list((tmp_path / "log").rglob("events.*"))) == len(others) + 1
