@@ -27,6 +27,7 @@ import optuna
 from optuna.trial import TrialState
 
 from sb3_lecture_dqn import zoo
+from sb3_lecture_dqn.tuning.driver import Driver
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
 from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
@@ -97,7 +98,6 @@ def tune(arguments: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise TuningError("the engine is missing: pip install 'sb3-lecture-dqn[tune]'")
-    from sb3_lecture_dqn.tuning.driver import Driver
     from sb3_lecture_dqn.tuning.engine import check_address
 
     settings = zoo.TrialSettings(

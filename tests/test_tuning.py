@@ -25,6 +25,7 @@ from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.processes import here
 from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
+from sb3_lecture_dqn.tuning.driver import Outcome
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
@@ -617,8 +618,6 @@ class InlineEngine:
         return 1
 
     def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
-        from sb3_lecture_dqn.tuning.engine import Outcome
-
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             try:
@@ -675,7 +674,8 @@ def test_the_report_of_an_environment_with_a_slash_in_its_name_is_named_as_the_z
 
 
 def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
-    script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
+    modules = "sb3_lecture_dqn.tune, sb3_lecture_dqn.tuning.driver, rl_zoo3.exp_manager"
+    script = f"import sys, {modules}; print('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert result.stdout == "False\n"
 

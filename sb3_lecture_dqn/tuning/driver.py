@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import optuna
@@ -14,7 +15,6 @@ from optuna.trial import TrialState
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.search_space import sample_lecture_dqn_params
-from sb3_lecture_dqn.tuning.engine import Outcome, Report
 from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
 from sb3_lecture_dqn.tuning.storage import held_trials, is_held, put_back, read_trial
 from sb3_lecture_dqn.tuning.studies import Runner, fail, give_up_or_put_back
@@ -23,6 +23,44 @@ _logger = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    What a worker reports, and waits for an answer to.
+
+    :param ticket: What the answer must name
+    :param number: Number of the trial
+    :param attempt: A number that no other attempt of this driver has
+    :param value: The mean return
+    :param step: The evaluation
+    """
+
+    ticket: int
+    number: int
+    attempt: int
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    How an attempt at a trial ended.
+
+    :param number: Number of the trial
+    :param state: ``COMPLETE``, ``PRUNED``, ``FAIL`` (its own error), or ``RUNNING`` if its worker was lost
+    :param value: The score of a complete trial
+    :param reason: Why it failed or was lost, in a line
+    :param attributes: What the objective noted
+    """
+
+    number: int
+    state: TrialState
+    value: float | None = None
+    reason: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):

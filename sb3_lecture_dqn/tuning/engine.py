@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -20,6 +19,7 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sb3_lecture_dqn import zoo
+from sb3_lecture_dqn.tuning.driver import Outcome, Report
 from sb3_lecture_dqn.tuning.storage import TuningError
 
 #: One worker waits for each answer; Ray's own limit is 1000.
@@ -31,44 +31,6 @@ FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])
 #: Tasks and results are a few hundred bytes, and a hyperparameter file; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class Report:
-    """
-    What a worker reports, and waits for an answer to.
-
-    :param ticket: What the answer must name
-    :param number: Number of the trial
-    :param attempt: The how manieth attempt at the trial it is
-    :param value: The mean return
-    :param step: The evaluation
-    """
-
-    ticket: int
-    number: int
-    attempt: int
-    value: float
-    step: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    How an attempt at a trial ended.
-
-    :param number: Number of the trial
-    :param state: ``COMPLETE``, ``PRUNED``, ``FAIL`` (its own error), or ``RUNNING`` if its worker was lost
-    :param value: The score of a complete trial
-    :param reason: Why it failed or was lost, in a line
-    :param attributes: What the objective noted
-    """
-
-    number: int
-    state: optuna.trial.TrialState
-    value: float | None = None
-    reason: str = ""
-    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class Mailbox:
@@ -110,7 +72,7 @@ class ReportingTrial(optuna.trial.FixedTrial):
 
     :param params: What the driver drew
     :param number: Number of the trial
-    :param attempt: The how manieth attempt at it this is
+    :param attempt: A number that no other attempt of this driver has
     :param mailbox: The driver's mailbox
     """
 
@@ -178,7 +140,7 @@ class RayEngine:
         :param settings: What decides its score
         :param params: The values that were drawn
         :param number: Number of the trial
-        :param attempt: The how manieth attempt at it this is
+        :param attempt: A number that no other attempt of this driver has
         """
         reference = self._run_trial.remote(settings, params, number, attempt, self._mailbox)
         self._attempts[reference] = number
