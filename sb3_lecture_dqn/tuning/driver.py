@@ -142,8 +142,11 @@ class Driver:
     def _start_next(self) -> bool:
         if self._n_missing <= 0 or len(self._running) >= self._engine.capacity():
             return False
-        self._n_missing -= 1
         trial = self.study.ask()
+        if trial.number in self._running:  # others put it back while this process was suspended: first its attempt has to end
+            put_back(self.study, trial)
+            return False
+        self._n_missing -= 1
         self._attempts += 1
         self._running[trial.number] = (trial, self._attempts)
         self._held.add(trial._trial_id)
@@ -155,31 +158,34 @@ class Driver:
     def _handle(self, event: Report | Outcome) -> None:
         if isinstance(event, Report):
             self._engine.answer(event, self._is_pruned(event))
+            return
+        trial = self._let_go(event.number)
+        if not self._is_ours(trial):
+            _logger.warning("trial %d was taken over by another process: its result is dropped", event.number)
         elif event.state == TrialState.RUNNING:
-            self._retry(event)
+            self._retry(trial, event.reason)
         else:
-            self._tell(event)
+            self._tell(trial, event)
+
+    def _is_ours(self, trial: optuna.Trial) -> bool:
+        # others think that a process is dead when it was suspended for long
+        return is_held(self.study, trial, self._runner.id)
 
     def _is_pruned(self, report: Report) -> bool:
         trial, attempt = self._running.get(report.number, (None, 0))
-        if trial is None or attempt != report.attempt:
-            return True  # an attempt that was given up, and still lives
+        if trial is None or attempt != report.attempt or not self._is_ours(trial):
+            return True  # an attempt that still lives, though its trial was given up or taken over
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*already reported")  # by an earlier attempt, with the same seeds
             trial.report(report.value, report.step)
         return trial.should_prune()
 
-    def _retry(self, outcome: Outcome) -> None:
-        trial = self._let_go(outcome.number)
-        _logger.warning("trial %d was lost: %s", outcome.number, outcome.reason)
-        if give_up_or_put_back(self.study, read_trial(self.study, trial), outcome.reason, self._runner.max_retries):
+    def _retry(self, trial: optuna.Trial, reason: str) -> None:
+        _logger.warning("trial %d was lost: %s", trial.number, reason)
+        if give_up_or_put_back(self.study, read_trial(self.study, trial), reason, self._runner.max_retries):
             self._n_missing += 1
 
-    def _tell(self, outcome: Outcome) -> None:
-        trial = self._let_go(outcome.number)
-        if not is_held(self.study, trial, self._runner.id):
-            _logger.warning("trial %d was taken over by another process: its result is dropped", outcome.number)
-            return
+    def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
         if "scores" in outcome.attributes:
             trial.set_user_attr("scores", outcome.attributes["scores"])
         if outcome.state == TrialState.FAIL:
@@ -199,5 +205,5 @@ class Driver:
 
     def _put_everything_back(self) -> None:
         for trial in [self._let_go(number) for number in list(self._running)]:
-            if is_held(self.study, trial, self._runner.id):
+            if self._is_ours(trial):
                 put_back(self.study, trial)
