@@ -27,7 +27,7 @@ from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.driver import Outcome
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
+from sb3_lecture_dqn.tuning.storage import hold, let_go, open_storage, put_back, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
@@ -425,7 +425,7 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
     others = open_cartpole_study(url)
     mine = [study.ask() for _ in range(3)]
     for trial in mine:
-        held_trials(study).add(trial._trial_id)
+        hold(study, trial)
     study.get_trials()
     theirs = [others.ask() for _ in range(2)]
     others.tell(theirs[0], 4.0)
@@ -435,14 +435,14 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
     others.tell(mine[0].number, 1.0)  # as if by mistake: seen when the trial is let go
     others.tell(theirs[1], 5.0)
     assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, complete]
-    held_trials(study).discard(mine[0]._trial_id)
+    let_go(study, mine[0])
     assert [trial.value for trial in study.get_trials()] == [1.0, None, None, 4.0, 5.0]
 
 
 def test_a_held_trial_that_was_put_back_before_counts_as_running(tmp_path: Path) -> None:
     study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
     put_back(study, study.ask())
-    held_trials(study).add(study.ask()._trial_id)
+    hold(study, study.ask())
     assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
 
 

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.search_space import sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
-from sb3_lecture_dqn.tuning.storage import held_trials, is_held, put_back, read_trial
+from sb3_lecture_dqn.tuning.storage import hold, is_held, let_go, put_back, read_trial
 from sb3_lecture_dqn.tuning.studies import Runner, fail, give_up_or_put_back
 
 _logger = logging.getLogger(__name__)
@@ -103,7 +103,6 @@ class Driver:
         self._runner = runner
         self._attempts = 0
         self._running: dict[int, tuple[optuna.Trial, int]] = {}  # trial and attempt by number
-        self._held = held_trials(study)
         self._n_missing = 0
         self._is_stopped = False
 
@@ -149,7 +148,7 @@ class Driver:
         self._n_missing -= 1
         self._attempts += 1
         self._running[trial.number] = (trial, self._attempts)
-        self._held.add(trial._trial_id)
+        hold(self.study, trial)
         self._runner.claim(trial)
         sample_lecture_dqn_params(trial, 0, self._manager.n_envs, {})
         self._engine.submit(self._settings, trial.params, trial.number, self._attempts)
@@ -200,7 +199,7 @@ class Driver:
 
     def _let_go(self, number: int) -> optuna.Trial:
         trial, _ = self._running.pop(number)
-        self._held.discard(trial._trial_id)
+        let_go(self.study, trial)
         return trial
 
     def _put_everything_back(self) -> None:

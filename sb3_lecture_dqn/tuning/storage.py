@@ -220,6 +220,26 @@ def held_trials(study: optuna.Study) -> set[int]:
     return database.held if isinstance(database, PatientStorage) else set()
 
 
+def hold(study: optuna.Study, trial: optuna.Trial) -> None:
+    """
+    Note that this process runs a trial, which a database then need not read again.
+
+    :param study: The study
+    :param trial: The trial
+    """
+    held_trials(study).add(trial._trial_id)
+
+
+def let_go(study: optuna.Study, trial: optuna.Trial) -> None:
+    """
+    Note that this process no longer runs a trial.
+
+    :param study: The study
+    :param trial: The trial
+    """
+    held_trials(study).discard(trial._trial_id)
+
+
 def read_trial(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial:
     """
     Read a trial as it is now.
