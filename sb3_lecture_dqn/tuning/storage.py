@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -19,6 +19,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
 _logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: How long a database may be away before a study gives up.
 PATIENCE_SECONDS = 600.0
@@ -45,25 +47,10 @@ def _is_outage(error: BaseException) -> bool:
     return isinstance(cause, (exc.OperationalError, exc.InterfaceError))
 
 
-def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+def _patiently(method: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(method)
-    def call(storage: "PatientStorage", *args: Any, **kwargs: Any) -> Any:
-        deadline = time.monotonic() + storage.patience_seconds
-        waiting = False
-        while True:
-            try:
-                result = method(storage, *args, **kwargs)
-            except (optuna.exceptions.StorageInternalError, exc.DBAPIError) as error:
-                if not _is_outage(error) or time.monotonic() >= deadline:
-                    raise
-                if not waiting:
-                    _logger.warning("the study's database does not answer, waiting: %s", first_line(error))
-                waiting = True
-                time.sleep(1.0)
-            else:
-                if waiting:
-                    _logger.warning("the study's database is back")
-                return result
+    def call(storage: "PatientStorage", *args: Any, **kwargs: Any) -> Result:
+        return storage._repeat(functools.partial(method, storage, *args, **kwargs))
 
     return call
 
@@ -87,6 +74,24 @@ class PatientStorage(RDBStorage):
         self._newest: dict[int, int] = {}
         self._next_full_read = 0.0
         super().__init__(url, engine_kwargs)
+
+    def _repeat(self, transaction: Callable[[], Result]) -> Result:
+        deadline = time.monotonic() + self.patience_seconds
+        is_waiting = False
+        while True:
+            try:
+                result = transaction()
+            except (optuna.exceptions.StorageInternalError, exc.DBAPIError) as error:
+                if not _is_outage(error) or time.monotonic() >= deadline:
+                    raise
+                if not is_waiting:
+                    _logger.warning("the study's database does not answer, waiting: %s", first_line(error))
+                is_waiting = True
+                time.sleep(1.0)
+            else:
+                if is_waiting:
+                    _logger.warning("the study's database is back")
+                return result
 
     def _get_trials(
         self,
