@@ -256,18 +256,6 @@ def test_a_study_is_continued_with_the_same_arguments_of_its_environment(storage
     assert study.user_attrs[SCORING]["env_kwargs"] == {"size": [2, 3], "reward": "<class 'int'>"}
 
 
-def test_a_study_from_before_arguments_were_noted_had_none(zoo_train: Any) -> None:
-    study_arguments = [*SEARCH, "--storage", "study.log", "--study-name", "old", "--n-trials", "1"]
-    zoo_train(*study_arguments)
-    study = optuna.load_study(study_name="old", storage=open_storage("study.log"))
-    scoring = study.user_attrs[SCORING]
-    study.set_user_attr(SCORING, {key: value for key, value in scoring.items() if "kwargs" not in key})
-    with pytest.raises(SystemExit, match=r"was made with env_kwargs \{\}, got"):
-        zoo_train(*study_arguments, "--env-kwargs", "sutton_barto_reward:True")
-    zoo_train(*study_arguments)
-    assert len(study.trials) == 2
-
-
 @pytest.mark.parametrize("n_jobs", ["2", "-1"])
 def test_jobs_that_would_share_the_random_numbers_are_refused(zoo_train: Any, n_jobs: str) -> None:
     with pytest.raises(SystemExit, match=rf"^error: --n-jobs must be 1 for lecture_dqn, got {n_jobs}: start several [^\n]+$"):

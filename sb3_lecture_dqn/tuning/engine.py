@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.driver import Outcome, Report
-from sb3_lecture_dqn.tuning.storage import TuningError
+from sb3_lecture_dqn.tuning.storage import TuningError, first_line
 
 #: One worker waits for each answer; Ray's own limit is 1000.
 MAILBOX_CALLS = 100_000
@@ -31,6 +31,8 @@ FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])
 #: Tasks and results are a few hundred bytes, and a hyperparameter file; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
+#: Characters of a reason that are kept in the study.
+MAX_REASON = 300
 
 
 class Mailbox:
@@ -200,8 +202,7 @@ def _start_ray(address: str | None, workers: int | None) -> None:
             return
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TuningError(f"Ray cluster {address or 'on this machine'} cannot be reached: {reason}") from error
+        raise TuningError(f"Ray cluster {address or 'on this machine'} cannot be reached: {first_line(error)}") from error
 
 
 def check_address(address: str | None) -> None:
@@ -254,4 +255,4 @@ def _outcome(number: int, reference: Any) -> Outcome:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(error)[:MAX_REASON]

@@ -128,10 +128,10 @@ for _name in {*BaseStorage.__abstractmethods__, *CACHE_METHODS} - {"_get_trials"
 
 def first_line(error: BaseException) -> str:
     """
-    Shorten what a database says to what helps.
+    Shorten what an error says to what helps.
 
-    :param error: An error of Optuna or SQLAlchemy
-    :return: The first line of what the database's driver said
+    :param error: Any error
+    :return: Its first line, or its type where it says nothing; of a database's error, the first line of what its driver said
     """
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
     lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
