@@ -67,16 +67,37 @@ class Engine(Protocol):
     """What the driver asks of an engine; see :class:`~sb3_lecture_dqn.tuning.engine.RayEngine`."""
 
     def capacity(self) -> int:
-        """Count how many trials may run at once."""
+        """
+        Count how many trials may run at once.
+
+        :return: Their number, which may change
+        """
 
     def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
-        """Start an attempt at a trial."""
+        """
+        Start an attempt at a trial.
+
+        :param settings: What decides its score
+        :param params: The values that were drawn
+        :param number: Number of the trial
+        :param attempt: A number that no other attempt of this driver has
+        """
 
     def wait(self, seconds: float) -> list[Report | Outcome]:
-        """Wait for reports and outcomes."""
+        """
+        Wait until there is something to hear of the attempts.
+
+        :param seconds: How long at most
+        :return: Reports, and the outcomes of attempts that have ended
+        """
 
     def answer(self, report: Report, is_pruned: bool) -> None:
-        """Answer a report."""
+        """
+        Answer a report.
+
+        :param report: The report
+        :param is_pruned: Whether its trial is to stop
+        """
 
 
 class Driver:

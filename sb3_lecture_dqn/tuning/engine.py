@@ -44,7 +44,15 @@ class Mailbox:
         self._tickets = 0
 
     async def report(self, number: int, attempt: int, value: float, step: int) -> bool:
-        """Give the driver a value, and wait until it says whether the trial is pruned."""
+        """
+        Give the driver a value, and wait until it says whether the trial is pruned.
+
+        :param number: Number of the trial
+        :param attempt: The attempt's number
+        :param value: The mean return
+        :param step: The evaluation
+        :return: Whether the trial is to stop
+        """
         self._tickets += 1
         ticket = self._tickets
         self._answers[ticket] = asyncio.get_running_loop().create_future()
@@ -55,14 +63,23 @@ class Mailbox:
             del self._answers[ticket]
 
     async def take(self) -> list[Report]:
-        """Wait for reports, and hand over all that are there."""
+        """
+        Wait for reports, and hand over all that are there.
+
+        :return: At least one report, the oldest first
+        """
         reports = [await self._reports.get()]
         while not self._reports.empty():
             reports.append(self._reports.get_nowait())
         return reports
 
     async def answer(self, ticket: int, is_pruned: bool) -> None:
-        """Let a worker go on or stop."""
+        """
+        Let a worker go on or stop.
+
+        :param ticket: Which report is answered; one that nobody waits for any more is left alone
+        :param is_pruned: Whether the trial is to stop
+        """
         future = self._answers.get(ticket)
         if future is not None and not future.done():
             future.set_result(is_pruned)
@@ -85,11 +102,20 @@ class ReportingTrial(optuna.trial.FixedTrial):
         self._is_pruned = False
 
     def report(self, value: float, step: int) -> None:
-        """Send a value to the driver, and note its answer."""
+        """
+        Send a value to the driver, and note its answer.
+
+        :param value: The mean return
+        :param step: The evaluation
+        """
         self._is_pruned = ray.get(self._mailbox.report.remote(self.number, self._attempt, float(value), step))
 
     def should_prune(self) -> bool:
-        """Say what the driver answered to the last report."""
+        """
+        Say what the driver answered to the last report.
+
+        :return: Whether the trial is to stop
+        """
         return self._is_pruned
 
 

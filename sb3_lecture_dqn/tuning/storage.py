@@ -118,7 +118,12 @@ class PatientStorage(RDBStorage):
         return super()._get_trials(*arguments)
 
     def endswith(self, suffix: str) -> bool:
-        """Answer rl_zoo3, which takes its storage for a string and asks whether it is a journal file."""
+        """
+        Answer rl_zoo3, which takes its storage for a string and asks whether it is a journal file.
+
+        :param suffix: Without effect
+        :return: ``False``
+        """
         return False
 
 
