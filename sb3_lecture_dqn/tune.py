@@ -18,8 +18,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import gymnasium
@@ -27,6 +28,7 @@ import optuna
 from optuna.trial import TrialState
 
 from sb3_lecture_dqn import zoo
+from sb3_lecture_dqn.tuning.driver import Driver, Engine
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
 from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
@@ -38,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _at_least(minimum: int) -> Any:
+def _at_least(minimum: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
         if value < minimum:
@@ -95,11 +97,27 @@ def tune(arguments: argparse.Namespace) -> None:
     :raises TuningError: if something is wrong, before anything starts; or, at the end, if every trial has failed
     :raises KeyboardInterrupt: if the study was stopped; the same command continues it
     """
+    _check_engine(arguments)
+    manager, settings = _make_manager(arguments)
+    study, is_stopped = _run_study(arguments, manager, settings)
+    name = f"report_{manager.env_name}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
+    for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
+        print(f"wrote {path}")
+    if is_stopped:
+        raise KeyboardInterrupt
+    _check_success(study)
+
+
+def _check_engine(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise TuningError("the engine is missing: pip install 'sb3-lecture-dqn[tune]'")
-    from sb3_lecture_dqn.tuning.driver import Driver
     from sb3_lecture_dqn.tuning.engine import check_address
 
+    check_address(arguments.ray_address)
+
+
+def _make_manager(arguments: argparse.Namespace) -> tuple[Any, zoo.TrialSettings]:
+    """The zoo's manager of the search, and what its trials need to know, on other machines too."""
     settings = zoo.TrialSettings(
         arguments.env,
         arguments.n_timesteps,
@@ -110,27 +128,25 @@ def tune(arguments: argparse.Namespace) -> None:
         tuple(arguments.gym_packages),
     )
     search = {key: getattr(arguments, key) for key in ("sampler", "pruner", "n_startup_trials")}
-    check_address(arguments.ray_address)
     with tempfile.TemporaryDirectory() as folder, _one_line_errors():
         manager = zoo.make_manager(settings, folder, **search)
         zoo.check_spaces(manager)
-        trial_settings = zoo.with_conf_content(settings)
+        return manager, zoo.with_conf_content(settings)
+
+
+def _run_study(arguments: argparse.Namespace, manager: Any, settings: zoo.TrialSettings) -> tuple[optuna.Study, bool]:
+    """The study after its trials, and whether it was stopped."""
     storage = open_storage(_storage_url(arguments))
     with contextlib.ExitStack() as stack:
         # to join a cluster starts nothing, so that comes first; a cluster of our own is started when all else is right
         cluster = _enter_engine(stack, arguments) if arguments.ray_address else None
         study = open_study(storage, _study_name(arguments), zoo.scoring_of(manager))
         engine = cluster or _enter_engine(stack, arguments)
-        with Runner(study, arguments.max_retries) as runner:
-            driver = Driver(study, manager, trial_settings, engine, runner, arguments.seed)
-            with _stopped_by_signals(driver) as signals:
-                driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
-    name = f"report_{manager.env_name}_{arguments.trials}-trials-{manager.n_timesteps}-{arguments.sampler}-{arguments.pruner}"
-    for path in write_report(study, Path(arguments.log_folder) / zoo.ALGORITHM, f"{name}_{int(time.time())}"):
-        print(f"wrote {path}")
-    if signals:
-        raise KeyboardInterrupt
-    _check_success(study)
+        runner = stack.enter_context(Runner(study, arguments.max_retries))
+        driver = Driver(study, manager, settings, engine, runner, arguments.seed)
+        with _stopped_by_signals(driver) as signals:
+            driver.run(arguments.trials, Progress(arguments.trials, sys.stdout))
+    return study, bool(signals)
 
 
 def _check_success(study: optuna.Study) -> None:
@@ -141,17 +157,17 @@ def _check_success(study: optuna.Study) -> None:
         raise TuningError(f"{what} have failed, the last with {failures[-1]}")
 
 
-def _enter_engine(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> Any:
+def _enter_engine(stack: contextlib.ExitStack, arguments: argparse.Namespace) -> Engine:
     from sb3_lecture_dqn.tuning.engine import RayEngine
 
     return stack.enter_context(contextlib.closing(RayEngine(arguments.ray_address, arguments.workers)))
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(driver: Any) -> Iterator[list[int]]:
+def _stopped_by_signals(driver: Driver) -> Iterator[list[int]]:
     signals: list[int] = []
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         if signals:
             raise KeyboardInterrupt
         signals.append(number)

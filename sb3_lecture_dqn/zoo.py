@@ -37,7 +37,7 @@ from sb3_lecture_dqn.run_settings import NOT_GIVEN, check_same_run, in_few_words
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
-from sb3_lecture_dqn.tuning.studies import ENV_KWARGS, Runner, open_study
+from sb3_lecture_dqn.tuning.studies import Runner, open_study
 from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
@@ -352,8 +352,18 @@ def _load_trial(manager: Any, read_hyperparameters: Callable[[Any], Any]) -> Non
     with contextlib.redirect_stdout(io.StringIO()):
         entry = read_hyperparameters(manager)[1]
     drawn = manager.load_trial(manager.storage, manager.study_name, trial_id)
-    drawn["policy_kwargs"] = merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])
-    manager.custom_hyperparams = {**drawn, **(manager.custom_hyperparams or {})}
+    manager.custom_hyperparams = {**keep_policy_kwargs(entry, drawn), **(manager.custom_hyperparams or {})}
+
+
+def keep_policy_kwargs(entry: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """
+    Complete what a trial drew, so that the entry that its search started from can be updated with it.
+
+    :param entry: The entry
+    :param drawn: The trial's hyperparameters, with ``policy_kwargs``
+    :return: The same, where ``policy_kwargs`` has those of the entry that the trial did not draw
+    """
+    return {**drawn, "policy_kwargs": merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])}
 
 
 def _check_trial_seeds(trial_seeds: Any) -> int:
@@ -388,8 +398,7 @@ class _Entry(dict[str, Any]):
         return _Entry(self)
 
     def update(self, drawn: dict[str, Any]) -> None:  # type: ignore[override]
-        policy_kwargs = merge_policy_kwargs(self.get("policy_kwargs"), drawn["policy_kwargs"])
-        super().update(drawn, policy_kwargs=policy_kwargs)
+        super().update(keep_policy_kwargs(self, drawn))
 
 
 def _on_several_seeds(objective: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
@@ -464,7 +473,8 @@ def scoring_of(manager: Any) -> dict[str, Any]:
     return {
         "algorithm": manager.algo,
         "environment": manager.env_name.gym_id,
-        **{name: _as_json(getattr(manager, name)) for name in ENV_KWARGS},
+        "env_kwargs": _as_json(manager.env_kwargs),
+        "eval_env_kwargs": _as_json(manager.eval_env_kwargs),
         "n_timesteps": manager.n_timesteps,
         "n_evaluations": manager.n_evaluations,
         "eval_episodes": manager.n_eval_episodes,

@@ -25,8 +25,9 @@ from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.processes import here
 from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
+from sb3_lecture_dqn.tuning.driver import Outcome
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import held_trials, open_storage, put_back, wait_for_outages
+from sb3_lecture_dqn.tuning.storage import hold, let_go, open_storage, put_back, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
@@ -255,18 +256,6 @@ def test_a_study_is_continued_with_the_same_arguments_of_its_environment(storage
     assert study.user_attrs[SCORING]["env_kwargs"] == {"size": [2, 3], "reward": "<class 'int'>"}
 
 
-def test_a_study_from_before_arguments_were_noted_had_none(zoo_train: Any) -> None:
-    study_arguments = [*SEARCH, "--storage", "study.log", "--study-name", "old", "--n-trials", "1"]
-    zoo_train(*study_arguments)
-    study = optuna.load_study(study_name="old", storage=open_storage("study.log"))
-    scoring = study.user_attrs[SCORING]
-    study.set_user_attr(SCORING, {key: value for key, value in scoring.items() if "kwargs" not in key})
-    with pytest.raises(SystemExit, match=r"was made with env_kwargs \{\}, got"):
-        zoo_train(*study_arguments, "--env-kwargs", "sutton_barto_reward:True")
-    zoo_train(*study_arguments)
-    assert len(study.trials) == 2
-
-
 @pytest.mark.parametrize("n_jobs", ["2", "-1"])
 def test_jobs_that_would_share_the_random_numbers_are_refused(zoo_train: Any, n_jobs: str) -> None:
     with pytest.raises(SystemExit, match=rf"^error: --n-jobs must be 1 for lecture_dqn, got {n_jobs}: start several [^\n]+$"):
@@ -424,7 +413,7 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
     others = open_cartpole_study(url)
     mine = [study.ask() for _ in range(3)]
     for trial in mine:
-        held_trials(study).add(trial._trial_id)
+        hold(study, trial)
     study.get_trials()
     theirs = [others.ask() for _ in range(2)]
     others.tell(theirs[0], 4.0)
@@ -434,14 +423,14 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
     others.tell(mine[0].number, 1.0)  # as if by mistake: seen when the trial is let go
     others.tell(theirs[1], 5.0)
     assert [trial.state for trial in study.get_trials()] == [running, running, running, complete, complete]
-    held_trials(study).discard(mine[0]._trial_id)
+    let_go(study, mine[0])
     assert [trial.value for trial in study.get_trials()] == [1.0, None, None, 4.0, 5.0]
 
 
 def test_a_held_trial_that_was_put_back_before_counts_as_running(tmp_path: Path) -> None:
     study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
     put_back(study, study.ask())
-    held_trials(study).add(study.ask()._trial_id)
+    hold(study, study.ask())
     assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
 
 
@@ -617,8 +606,6 @@ class InlineEngine:
         return 1
 
     def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
-        from sb3_lecture_dqn.tuning.engine import Outcome
-
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             try:
@@ -675,7 +662,8 @@ def test_the_report_of_an_environment_with_a_slash_in_its_name_is_named_as_the_z
 
 
 def test_only_the_engine_imports_ray(tmp_path: Path) -> None:
-    script = "import sys, sb3_lecture_dqn.tune, rl_zoo3.exp_manager; print('ray' in sys.modules)"
+    modules = "sb3_lecture_dqn.tune, sb3_lecture_dqn.tuning.driver, rl_zoo3.exp_manager"
+    script = f"import sys, {modules}; print('ray' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert result.stdout == "False\n"
 

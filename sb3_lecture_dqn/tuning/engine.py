@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import tempfile
-from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -20,7 +19,8 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sb3_lecture_dqn import zoo
-from sb3_lecture_dqn.tuning.storage import TuningError
+from sb3_lecture_dqn.tuning.driver import Outcome, Report
+from sb3_lecture_dqn.tuning.storage import TuningError, first_line
 
 #: One worker waits for each answer; Ray's own limit is 1000.
 MAILBOX_CALLS = 100_000
@@ -31,44 +31,8 @@ FRAME_HEADER_BYTES, SETTINGS_FRAME = 9, 4
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS_FRAME, 0, 0, 0, 0, 0])
 #: Tasks and results are a few hundred bytes, and a hyperparameter file; Ray would take a third of the memory.
 OBJECT_STORE_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class Report:
-    """
-    What a worker reports, and waits for an answer to.
-
-    :param ticket: What the answer must name
-    :param number: Number of the trial
-    :param attempt: The how manieth attempt at the trial it is
-    :param value: The mean return
-    :param step: The evaluation
-    """
-
-    ticket: int
-    number: int
-    attempt: int
-    value: float
-    step: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    How an attempt at a trial ended.
-
-    :param number: Number of the trial
-    :param state: ``COMPLETE``, ``PRUNED``, ``FAIL`` (its own error), or ``RUNNING`` if its worker was lost
-    :param value: The score of a complete trial
-    :param reason: Why it failed or was lost, in a line
-    :param attributes: What the objective noted
-    """
-
-    number: int
-    state: optuna.trial.TrialState
-    value: float | None = None
-    reason: str = ""
-    attributes: dict[str, Any] = field(default_factory=dict)
+#: Characters of a reason that are kept in the study.
+MAX_REASON = 300
 
 
 class Mailbox:
@@ -80,7 +44,15 @@ class Mailbox:
         self._tickets = 0
 
     async def report(self, number: int, attempt: int, value: float, step: int) -> bool:
-        """Give the driver a value, and wait until it says whether the trial is pruned."""
+        """
+        Give the driver a value, and wait until it says whether the trial is pruned.
+
+        :param number: Number of the trial
+        :param attempt: The attempt's number
+        :param value: The mean return
+        :param step: The evaluation
+        :return: Whether the trial is to stop
+        """
         self._tickets += 1
         ticket = self._tickets
         self._answers[ticket] = asyncio.get_running_loop().create_future()
@@ -91,14 +63,23 @@ class Mailbox:
             del self._answers[ticket]
 
     async def take(self) -> list[Report]:
-        """Wait for reports, and hand over all that are there."""
+        """
+        Wait for reports, and hand over all that are there.
+
+        :return: At least one report, the oldest first
+        """
         reports = [await self._reports.get()]
         while not self._reports.empty():
             reports.append(self._reports.get_nowait())
         return reports
 
     async def answer(self, ticket: int, is_pruned: bool) -> None:
-        """Let a worker go on or stop."""
+        """
+        Let a worker go on or stop.
+
+        :param ticket: Which report is answered; one that nobody waits for any more is left alone
+        :param is_pruned: Whether the trial is to stop
+        """
         future = self._answers.get(ticket)
         if future is not None and not future.done():
             future.set_result(is_pruned)
@@ -110,7 +91,7 @@ class ReportingTrial(optuna.trial.FixedTrial):
 
     :param params: What the driver drew
     :param number: Number of the trial
-    :param attempt: The how manieth attempt at it this is
+    :param attempt: A number that no other attempt of this driver has
     :param mailbox: The driver's mailbox
     """
 
@@ -121,11 +102,20 @@ class ReportingTrial(optuna.trial.FixedTrial):
         self._is_pruned = False
 
     def report(self, value: float, step: int) -> None:
-        """Send a value to the driver, and note its answer."""
+        """
+        Send a value to the driver, and note its answer.
+
+        :param value: The mean return
+        :param step: The evaluation
+        """
         self._is_pruned = ray.get(self._mailbox.report.remote(self.number, self._attempt, float(value), step))
 
     def should_prune(self) -> bool:
-        """Say what the driver answered to the last report."""
+        """
+        Say what the driver answered to the last report.
+
+        :return: Whether the trial is to stop
+        """
         return self._is_pruned
 
 
@@ -178,7 +168,7 @@ class RayEngine:
         :param settings: What decides its score
         :param params: The values that were drawn
         :param number: Number of the trial
-        :param attempt: The how manieth attempt at it this is
+        :param attempt: A number that no other attempt of this driver has
         """
         reference = self._run_trial.remote(settings, params, number, attempt, self._mailbox)
         self._attempts[reference] = number
@@ -238,8 +228,7 @@ def _start_ray(address: str | None, workers: int | None) -> None:
             return
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, exceptions.RayError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TuningError(f"Ray cluster {address or 'on this machine'} cannot be reached: {reason}") from error
+        raise TuningError(f"Ray cluster {address or 'on this machine'} cannot be reached: {first_line(error)}") from error
 
 
 def check_address(address: str | None) -> None:
@@ -292,4 +281,4 @@ def _outcome(number: int, reference: Any) -> Outcome:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(error)[:MAX_REASON]

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.files import replace_when_written
-from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs
+from sb3_lecture_dqn.search_space import convert_lecture_dqn_params
 from sb3_lecture_dqn.tuning.storage import TuningError
 
 #: A line of progress at least so often.
@@ -141,8 +141,8 @@ def best_entry(study: optuna.Study, settings: zoo.TrialSettings) -> dict[str, An
         raise TuningError(f"study {study.study_name!r} has no complete trial") from error
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder)
-    entry, drawn = zoo.read_entry(manager), convert_lecture_dqn_params(params)
-    drawn["policy_kwargs"] = merge_policy_kwargs(entry.get("policy_kwargs"), drawn["policy_kwargs"])
+    entry = zoo.read_entry(manager)
+    drawn = zoo.keep_policy_kwargs(entry, convert_lecture_dqn_params(params))
     return {**entry, "n_timesteps": manager.n_timesteps, **drawn}
 
 

@@ -28,10 +28,19 @@ class LaterSeed:
         return getattr(self._trial, name)
 
     def report(self, value: float, step: int) -> None:
-        """Do nothing: the steps are those of the first seed."""
+        """
+        Do nothing: the steps are those of the first seed.
+
+        :param value: Without effect
+        :param step: Without effect
+        """
 
     def should_prune(self) -> bool:
-        """Go on."""
+        """
+        Go on.
+
+        :return: ``False``
+        """
         return False
 
 

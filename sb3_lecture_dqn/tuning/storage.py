@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -19,6 +19,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
 _logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: How long a database may be away before a study gives up.
 PATIENCE_SECONDS = 600.0
@@ -45,25 +47,10 @@ def _is_outage(error: BaseException) -> bool:
     return isinstance(cause, (exc.OperationalError, exc.InterfaceError))
 
 
-def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+def _patiently(method: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(method)
-    def call(storage: "PatientStorage", *args: Any, **kwargs: Any) -> Any:
-        deadline = time.monotonic() + storage.patience_seconds
-        waiting = False
-        while True:
-            try:
-                result = method(storage, *args, **kwargs)
-            except (optuna.exceptions.StorageInternalError, exc.DBAPIError) as error:
-                if not _is_outage(error) or time.monotonic() >= deadline:
-                    raise
-                if not waiting:
-                    _logger.warning("the study's database does not answer, waiting: %s", first_line(error))
-                waiting = True
-                time.sleep(1.0)
-            else:
-                if waiting:
-                    _logger.warning("the study's database is back")
-                return result
+    def call(storage: "PatientStorage", *args: Any, **kwargs: Any) -> Result:
+        return storage._repeat(functools.partial(method, storage, *args, **kwargs))
 
     return call
 
@@ -87,6 +74,24 @@ class PatientStorage(RDBStorage):
         self._newest: dict[int, int] = {}
         self._next_full_read = 0.0
         super().__init__(url, engine_kwargs)
+
+    def _repeat(self, transaction: Callable[[], Result]) -> Result:
+        deadline = time.monotonic() + self.patience_seconds
+        is_waiting = False
+        while True:
+            try:
+                result = transaction()
+            except (optuna.exceptions.StorageInternalError, exc.DBAPIError) as error:
+                if not _is_outage(error) or time.monotonic() >= deadline:
+                    raise
+                if not is_waiting:
+                    _logger.warning("the study's database does not answer, waiting: %s", first_line(error))
+                is_waiting = True
+                time.sleep(1.0)
+            else:
+                if is_waiting:
+                    _logger.warning("the study's database is back")
+                return result
 
     def _get_trials(
         self,
@@ -113,7 +118,12 @@ class PatientStorage(RDBStorage):
         return super()._get_trials(*arguments)
 
     def endswith(self, suffix: str) -> bool:
-        """Answer rl_zoo3, which takes its storage for a string and asks whether it is a journal file."""
+        """
+        Answer rl_zoo3, which takes its storage for a string and asks whether it is a journal file.
+
+        :param suffix: Without effect
+        :return: ``False``
+        """
         return False
 
 
@@ -123,10 +133,10 @@ for _name in {*BaseStorage.__abstractmethods__, *CACHE_METHODS} - {"_get_trials"
 
 def first_line(error: BaseException) -> str:
     """
-    Shorten what a database says to what helps.
+    Shorten what an error says to what helps.
 
-    :param error: An error of Optuna or SQLAlchemy
-    :return: The first line of what the database's driver said
+    :param error: Any error
+    :return: Its first line, or its type where it says nothing; of a database's error, the first line of what its driver said
     """
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
     lines = str(getattr(cause, "orig", None) or cause).strip().splitlines()
@@ -218,6 +228,26 @@ def held_trials(study: optuna.Study) -> set[int]:
     """
     database = getattr(study._storage, "_backend", None)
     return database.held if isinstance(database, PatientStorage) else set()
+
+
+def hold(study: optuna.Study, trial: optuna.Trial) -> None:
+    """
+    Note that this process runs a trial, which a database then need not read again.
+
+    :param study: The study
+    :param trial: The trial
+    """
+    held_trials(study).add(trial._trial_id)
+
+
+def let_go(study: optuna.Study, trial: optuna.Trial) -> None:
+    """
+    Note that this process no longer runs a trial.
+
+    :param study: The study
+    :param trial: The trial
+    """
+    held_trials(study).discard(trial._trial_id)
 
 
 def read_trial(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial:

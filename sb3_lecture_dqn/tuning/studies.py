@@ -25,8 +25,6 @@ from sb3_lecture_dqn.tuning.storage import (
 
 #: Study attribute that says what its scores mean.
 SCORING = "lecture_dqn_scoring"
-#: Those of its entries that are missing in older studies; they had none.
-ENV_KWARGS = ("env_kwargs", "eval_env_kwargs")
 #: Prefix of the study attributes in which those who run trials say that they live.
 RUNNER = "lecture_dqn_runner_"
 BEAT_SECONDS = 15.0
@@ -73,7 +71,6 @@ def check_study(study: optuna.Study, scoring: Mapping[str, Any]) -> None:
         if study.user_attrs or study.get_trials(deepcopy=False) or study.direction != optuna.study.StudyDirection.MAXIMIZE:
             raise TuningError(f"study {study.study_name!r} exists and is not one of lecture_dqn: choose another --study-name")
         return
-    recorded = {**{key: {} for key in ENV_KWARGS}, **recorded}
     for key, value in scoring.items():
         if recorded.get(key) != value:
             raise TuningError(
