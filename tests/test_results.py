@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +19,14 @@ import tables
 from dying import KILLED, write_or_die
 from matplotlib import pyplot as plt
 from results import ROWS, Run
+from rl_zoo3.utils import ALGOS
 from rliable import metrics
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_lecture_dqn import DivergenceError, LectureDQN
+from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs
+from sb3_lecture_dqn.zoo import CHECKPOINTS
 
 CARTPOLE = "CartPole-v1"
 
@@ -135,22 +140,99 @@ def test_runs_are_interleaved_seed_by_seed() -> None:
 
 
 @pytest.mark.parametrize("folder", [[], ["--folder", "results"], ["--folder", "../benchmarks/results"]])
-def test_an_experiment_does_not_touch_the_committed_results(folder: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
-    monkeypatch.chdir(results.FOLDER.parent)
-    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--params", '{"gamma": 0.9}', *folder])
-    with pytest.raises(SystemExit, match="2"):
-        results.main()
-
-
-def test_no_processes_are_refused_rather_than_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("experiment", [["--params", '{"gamma": 0.9}'], ["--seeds", "10"]])
+def test_an_experiment_does_not_touch_the_committed_results(
+    experiment: list[str], folder: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
-    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--processes", "0"])
+    monkeypatch.chdir(results.FOLDER.parent)
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, *experiment, *folder])
     with pytest.raises(SystemExit, match="2"):
         results.main()
-    assert capsys.readouterr().err.endswith("error: --processes must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [
+        ("--processes", "0", "at least 1, got 0"),
+        ("--steps", "0", "at least 1, got 0"),
+        ("--params", "3", "a JSON object, got 3"),
+        ("--seeds", "-1", "at least 0, got -1"),
+        ("--folder", __file__, f"a folder that can be written to, got {__file__} (File exists)"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(
+    argument: str, value: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--folder", str(tmp_path), argument, value])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert capsys.readouterr().err.endswith(f"error: {argument} must be {reason}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_takes_its_trainings_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    runs = ["--rows", CARTPOLE, "--steps", "3000", "--seeds", "0", "--algorithms", "lecture_dqn"]
+    command = [sys.executable, results.__file__, *runs, "--processes", "1", "--folder", str(tmp_path)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # in a session of its own, where Ctrl-C reaches all of its processes, as in a terminal
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert any(line.endswith(": starts\n") for line in process.stdout)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate()  # ends when all that write to it have ended
+    assert errors == ("" if number == signal.SIGKILL else "interrupted; the same command goes on with what is missing\n")
+    assert not list(tmp_path.iterdir())  # no result, and no claim on a run
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: pytest.fail("it was trained twice"))
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    with results._claimed(run, tmp_path) as is_ours:
+        assert is_ours
+        with pytest.raises(SystemExit, match=str(results.LEFT_TO_ANOTHER)):
+            results.carry_out(run, tmp_path)
+        with results._claimed(dataclasses.replace(run, seed=1), tmp_path) as is_ours:
+            assert is_ours
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_dead_process_had_claimed_is_free(tmp_path: Path) -> None:
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    with results._claimed(run, tmp_path):
+        (file,) = tmp_path.iterdir()
+    file.touch()
+    with results._claimed(run, tmp_path) as is_ours:
+        assert is_ours
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_another_command_has_finished_meanwhile_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: pytest.fail("it was trained twice"))
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    results.append_result(made_up_result(run), tmp_path)
+    results.carry_out(run, tmp_path)
+    assert len(results.read_results(CARTPOLE, tmp_path)) == 1
+
+
+def test_a_result_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: made_up_result(run, 12.0))
+    monkeypatch.setattr(results, "append_result", refuse)
+    with pytest.raises(SystemExit, match="no space left on device"):
+        results.carry_out(run, tmp_path)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(made_up_result(run, 12.0)))
 
 
 def test_a_killed_run_loses_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +284,20 @@ def test_the_zoos_entry_is_read_as_the_zoo_reads_it(tmp_path: Path) -> None:
     assert model.get_vec_normalize_env() is not None
     assert model.observation_space.shape == (12,)
     assert model.policy_kwargs["net_arch"] == [32]
+
+
+def test_no_run_goes_on_from_the_checkpoints_that_the_zoo_was_told_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHECKPOINTS, str(tmp_path / "checkpoints"))
+    manager, _ = results.make_manager(Run(CARTPOLE, ROWS[CARTPOLE], "lecture_dqn", 0), tmp_path)
+    assert not any(isinstance(callback, ResumableCheckpointCallback) for callback in manager.callbacks)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_settings_can_be_read_where_the_zoo_was_not_extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ALGOS, "lecture_dqn")
+    assert results.settings_in_use(Run(CARTPOLE, ROWS[CARTPOLE], "lecture_dqn", 0))["tau"] == 1.0
 
 
 def test_returns_are_those_before_normalization() -> None:
