@@ -18,6 +18,7 @@ import results
 import tables
 from dying import KILLED, write_or_die
 from matplotlib import pyplot as plt
+from PIL import Image
 from results import ROWS, Run
 from rl_zoo3.utils import ALGOS
 from rliable import metrics
@@ -83,13 +84,19 @@ def test_every_committed_result_was_made_with_the_settings_in_force() -> None:
 
 
 def test_the_pictures_that_the_results_allow_are_committed_at_a_sensible_size() -> None:
-    drawn = figures.draw_all(results.FOLDER)
+    drawn = figures.draw_all(figures.read_rows(results.FOLDER))
     plt.close("all")
     assert {name for name in tables.PICTURES if (tables.IMAGES / f"{name}.png").exists()} == set(drawn)
     for name in drawn:
         picture = tables.IMAGES / f"{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", tables.PICTURES)
+def test_a_picture_is_of_the_committed_results(name: str) -> None:
+    with Image.open(tables.IMAGES / f"{name}.png") as picture:
+        assert picture.info["Source"] == figures.digest_of(figures.read_rows(results.FOLDER)), "python benchmarks/figures.py"
 
 
 # --- Running --------------------------------------------------------------------------------------------------------------
@@ -454,6 +461,33 @@ def test_a_run_that_never_lands_counts_with_its_full_time(tmp_path: Path) -> Non
     assert cells[2:] == ["8 s (8 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", "0.16"]
 
 
+def test_a_run_that_diverged_early_does_not_count_as_a_quick_one(tmp_path: Path) -> None:
+    name = "LunarLander-v2"
+    for run in results.runs_of(name, ROWS[name]):
+        diverged = {"training_seconds": 2.0, "error": "Q has exploded"} if run.algorithm == "lecture_dqn" else {}
+        results.append_result({**made_up_result(run, curve=((5_000, 4.0, 230.0),)), **diverged, "curve": []}, tmp_path)
+    cells = row_of_table(tables.time_table(tmp_path), name)
+    assert cells[2:] == ["never (0 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", ""]
+    labels = figures.draw_time_to_solve(name, tables.read_row(name, tmp_path)).axes[0].get_legend_handles_labels()[1]
+    plt.close("all")
+    assert labels == ["LectureDQN, median never", "SB3's DQN, median 50 s"]
+
+
+def test_the_curve_of_a_diverged_run_goes_on_with_its_last_value(tmp_path: Path) -> None:
+    """Of ours one seed of three diverges at the second evaluation, of SB3's all do before the first."""
+    name = "Acrobot-v1"
+    steps = [2_500 * (i + 1) for i in range(results.N_EVALUATIONS)]
+    for run in results.runs_of(name, ROWS[name], seeds=range(3)):
+        n_points = 0 if run.algorithm == "dqn" else (20, 1, 20)[run.seed]
+        curve = tuple((step, 1.0, -90.0 + 30 * run.seed) for step in steps[:n_points])
+        error = {} if n_points == 20 else {"error": "Q has exploded"}
+        results.append_result({**made_up_result(run, -500.0, curve), **error}, tmp_path)
+    axes = figures.draw_learning_curves(figures.read_rows(tmp_path)).axes[0]
+    plt.close("all")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines == {"LectureDQN": (steps, [-60.0] * 20), "SB3's DQN": (steps, [-500.0] * 20)}
+
+
 def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
     run = results.runs_of(CARTPOLE, ROWS[CARTPOLE])[0]
     results.append_result({**made_up_result(run), "error": "Q has exploded"}, tmp_path)
@@ -462,18 +496,63 @@ def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
 
 def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> None:
     name = "LunarLander-v2"
-    assert figures.draw_all(tmp_path) == {}
+    assert figures.draw_all(figures.read_rows(tmp_path)) == {}
     write_results("Acrobot-v1", 1, tmp_path)  # too few
     for run in results.runs_of(name, ROWS[name], seeds=range(3)):
-        points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(4))
+        points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(results.N_EVALUATIONS))
         results.append_result(made_up_result(run, 200.0 + run.seed, points), tmp_path)
-    pictures = figures.draw_all(tmp_path)
+    pictures = figures.draw_all(figures.read_rows(tmp_path))
     assert list(pictures) == list(tables.PICTURES)
     curves = pictures["learning_curves"]
     assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["LunarLander-v2\n100 000 steps"]
     lines = {line.get_label(): line.get_ydata() for line in curves.axes[0].lines}
-    assert lines["LectureDQN"] == pytest.approx([0, 10, 20, 30])  # of the middle seed
+    assert lines["LectureDQN"] == pytest.approx(range(0, 200, 10))  # of the middle seed
     plt.close("all")
+
+
+def test_pictures_are_written_with_a_hash_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results("Acrobot-v1", 3, tmp_path / "results")
+    arguments = ["--folder", str(tmp_path / "results"), "--output", str(tmp_path / "pictures")]
+    monkeypatch.setattr(sys, "argv", ["figures.py", *arguments])
+    figures.main()
+    plt.close("all")
+    before = figures.read_rows(tmp_path / "results")
+    with Image.open(tmp_path / "pictures" / "iqm.png") as picture:
+        assert picture.info["Source"] == figures.digest_of(before)
+    write_results("Acrobot-v1", 4, tmp_path / "results")
+    assert figures.digest_of(figures.read_rows(tmp_path / "results")) != figures.digest_of(before)
+
+
+@pytest.mark.parametrize("program", [figures, tables])
+def test_a_folder_without_results_is_refused(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = results.runs_of(CARTPOLE, ROWS[CARTPOLE], params={"gamma": 0.9})[0]
+    results.append_result(made_up_result(run), tmp_path)  # of an experiment, not of the row
+    monkeypatch.setattr(sys, "argv", ["program", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --folder must hold " in last_line
+    assert last_line.endswith((f"as they are, got {tmp_path}", f"as it is, got {tmp_path}"))
+
+
+def test_the_tables_of_another_folder_are_printed_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(CARTPOLE, 3, tmp_path, ours=400)
+    monkeypatch.setattr(tables, "FILES", [tmp_path / "untouched.md"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--folder", str(tmp_path)])
+    tables.main()
+    assert row_of_table(capsys.readouterr().out, CARTPOLE)[2].startswith("401.0 [400.0, 402.0]")
+    assert not (tmp_path / "untouched.md").exists()
+
+
+def test_help_writes_no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "FILES", [tmp_path / "missing.md"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        tables.main()
 
 
 def test_a_row_of_defaults_sets_nothing() -> None:
