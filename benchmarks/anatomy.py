@@ -10,21 +10,20 @@ Where the time of a training step goes, beside SB3's DQN, and how it grows with 
     python benchmarks/anatomy.py envs        # number of environments
     python benchmarks/anatomy.py choices     # what was chosen beside what was not
 
-Each figure is the smallest of several medians, in microseconds, or a rate; ratios within one table are what they are for.
-Where there is one thread, it is that thread's own time, whatever else the machine does.
+Figures are microseconds, or rates; ratios within one table are what they are for. ``parts``, ``growth`` and ``choices`` give
+the smallest of several medians of one thread's own time, whatever else the machine does; ``threads`` and ``second`` give what
+one waits for, the former on average and the latter as a median; ``envs`` gives the best of three rates.
 """
 
 import argparse
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch as th
+from speed import busy_core, products_of_a_step
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
@@ -113,16 +112,7 @@ def parts_of_sb3(batch_size: int = 128) -> dict[str, float]:
 
 def products(batch_size: int, width: int) -> float:
     """The four products of the middle layer that a step cannot avoid."""
-    inputs, weight = th.randn(batch_size, width), th.randn(width, width)
-    output, gradient = th.empty(batch_size, width), th.empty(width, width)
-
-    def four_products() -> None:
-        th.mm(inputs, weight.t(), out=output)
-        th.mm(inputs, weight.t(), out=output)
-        th.mm(output.t(), inputs, out=gradient)
-        th.mm(inputs, weight, out=output)
-
-    return microseconds(four_products)
+    return microseconds(products_of_a_step(batch_size, width))
 
 
 def print_parts() -> None:
@@ -144,18 +134,6 @@ def print_growth() -> None:
             model = trained(LectureDQN, width)
             cost = microseconds(lambda: model.train(4, batch_size), repeat=5, rounds=3) / 4  # noqa: B023
             print(f"| {batch_size} | {width} | {cost:.0f} | {cost / products(batch_size, width):.2f} |", flush=True)
-
-
-@contextmanager
-def busy_core(is_busy: bool) -> Iterator[None]:
-    """Another process that never sleeps."""
-    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
-    try:
-        yield
-    finally:
-        if spinner is not None:
-            spinner.kill()
-            spinner.wait()
 
 
 def print_threads() -> None:

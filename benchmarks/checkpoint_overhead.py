@@ -1,5 +1,5 @@
 """
-Measure what checkpoints cost: their share of a training of LunarLander, and the time and bytes of each.
+Measure what checkpoints cost: their share of a training of LunarLander with the zoo's entry, and the time and bytes of each.
 
     python benchmarks/checkpoint_overhead.py --steps 50000
 
@@ -16,25 +16,26 @@ from typing import Any
 
 import gymnasium
 import torch as th
-import yaml
+from results import ROWS, Run, make_manager
 
-from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn import ResumableCheckpointCallback
 from sb3_lecture_dqn.episode_recorder import EpisodeRecorder
-from sb3_lecture_dqn.zoo import HYPERPARAMS_FILE
+
+ROW = "LunarLander-v2"
 
 
 class Timed(ResumableCheckpointCallback):
     """Notes the time and the new bytes of each checkpoint."""
 
-    def __init__(self, save_freq: int, folder: Path) -> None:
-        super().__init__(save_freq, folder)
+    def __init__(self, save_freq: int, folder: Path, keep_last: int = 3) -> None:
+        super().__init__(save_freq, folder, keep_last)
         self.seconds: list[float] = []
         self.new_bytes: list[int] = []
 
-    def _save(self, state: Any) -> None:
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         before = files(self.folder)
         start = time.perf_counter()
-        super()._save(state)
+        super()._save(*args, **kwargs)
         self.seconds.append(time.perf_counter() - start)
         after = files(self.folder)
         self.new_bytes.append(sum(size for path, size in after.items() if path not in before))
@@ -72,11 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     th.set_num_threads(1)
-    entry = yaml.safe_load(HYPERPARAMS_FILE.read_text())["LunarLander-v2"]
-    entry.pop("n_timesteps")
-    model = LectureDQN(env="LunarLander-v2", seed=0, device="cpu", **entry)
     with tempfile.TemporaryDirectory() as folder:
-        callback = Timed(arguments.save_freq, Path(folder))
+        _, model = make_manager(Run(ROW, ROWS[ROW], "lecture_dqn", seed=0), Path(folder))
+        callback = Timed(arguments.save_freq, Path(folder) / "checkpoints")
         start = time.perf_counter()
         model.learn(arguments.steps, callback=callback)
         total = time.perf_counter() - start

@@ -4,14 +4,17 @@ Draw the pictures of docs/results.md from the result files of ``results.py``.
 ::
 
     python benchmarks/figures.py                             # into docs/images
-    python benchmarks/figures.py --folder experiment --output pictures
+    python benchmarks/figures.py --folder my_results --output pictures
 
-Rows without results are left out, and so is a picture without rows.
+Rows without results are left out, and so is a picture without rows. Each picture carries a hash of the results.
 """
 
 import argparse
+import hashlib
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,13 +23,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import FOLDER, ROWS
+from results import FOLDER, N_EVALUATIONS, ROWS, Row
 from rliable import metrics
 from tables import (
     IMAGES,
     OURS,
     THEIRS,
     Results,
+    duration,
     estimate,
     estimate_iqm,
     interquartile_mean,
@@ -52,6 +56,16 @@ def read_rows(folder: Path) -> Rows:
     return {name: row for name, row in rows.items() if min(map(len, row.values())) >= MINIMUM_SEEDS}
 
 
+def digest_of(rows: Rows) -> str:
+    """A hash of what is drawn of the results."""
+    keys = ("returns", "optimal_return", "curve", "training_seconds", "error")
+    drawn = {
+        name: {algorithm: [[result.get(key) for key in keys] for result in results] for algorithm, results in row.items()}
+        for name, row in rows.items()
+    }
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+
+
 def title_of(name: str) -> str:
     """What stands above a row's axes."""
     row = ROWS[name]
@@ -74,17 +88,21 @@ def add_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
+def whole_curve(row: Row, result: dict[str, Any]) -> list[tuple[float, float]]:
+    """Steps and mean return of each evaluation; a diverged run goes on with the policy that it had last."""
+    points = [(steps, mean_return) for steps, _, mean_return in result["curve"]]
+    last = points[-1][1] if points else float(np.mean(result["returns"]))
+    return points + [(row.steps * (i + 1) / N_EVALUATIONS, last) for i in range(len(points), N_EVALUATIONS)]
+
+
 def draw_learning_curves(rows: Rows) -> Figure:
     """The interquartile mean of the evaluations during training, with its 95 % interval."""
     figure, all_axes = grid(len(rows), 2.6)
     for axes, (name, by_algorithm) in zip(all_axes, rows.items(), strict=True):
         for algorithm, results in by_algorithm.items():
-            n_points = min(len(result["curve"]) for result in results)  # a diverged run has fewer
-            if n_points == 0:
-                continue
-            curves = np.array([result["curve"][:n_points] for result in results])
+            curves = np.array([whole_curve(ROWS[name], result) for result in results])
             steps = np.median(curves[:, :, 0], axis=0)
-            iqm = estimate(curves[:, :, 2], interquartile_mean, N_RESAMPLES_OF_CURVES)
+            iqm = estimate(curves[:, :, 1], interquartile_mean, N_RESAMPLES_OF_CURVES)
             axes.fill_between(steps, iqm.low, iqm.high, color=COLORS[algorithm], alpha=0.2, linewidth=0)
             axes.plot(steps, iqm.estimate, color=COLORS[algorithm], label=LABELS[algorithm])
         axes.set_title(title_of(name))
@@ -127,7 +145,7 @@ def draw_iqm(rows: Rows) -> Figure:
 
 
 def draw_probability_of_improvement(rows: Rows) -> Figure:
-    """The probability that a run of ours is better than one of SB3's, with its 95 % interval."""
+    """The probability that a run of ours is better than one of SB3's, ties counted half, with its 95 % interval."""
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.34 * len(rows)))
 
     def probability(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -141,7 +159,7 @@ def draw_probability_of_improvement(rows: Rows) -> Figure:
     axes.axvline(0.5, color="#555555", linestyle=":", linewidth=1)
     axes.set_xlim(0, 1)
     axes.set_yticks(range(len(rows)), [title_of(name).replace("\n", ", ") for name in reversed(rows)])
-    axes.set_xlabel("P(LectureDQN > SB3's DQN), with 95 % intervals")
+    axes.set_xlabel("P(LectureDQN > SB3's DQN), ties count half,\nwith 95 % intervals")
     return figure
 
 
@@ -154,10 +172,11 @@ def draw_time_to_solve(name: str, by_algorithm: dict[str, Results]) -> Figure:
         times = [seconds_to_solve(row, result) for result in results]
         solved = sorted(seconds for seconds, is_solved in times if is_solved)
         shares = [index / len(times) for index in range(len(solved) + 1)]
-        median = np.median([seconds for seconds, _ in times])
-        label = f"{LABELS[algorithm]}, median {median:.0f} s"
+        median = float(np.median([seconds for seconds, _ in times]))
+        label = f"{LABELS[algorithm]}, median {duration(median)}"
         axes.step([0, *solved, longest], [*shares, shares[-1]], where="post", color=COLORS[algorithm], label=label)
-        axes.axvline(float(median), color=COLORS[algorithm], linestyle=":", linewidth=1)
+        if math.isfinite(median):
+            axes.axvline(median, color=COLORS[algorithm], linestyle=":", linewidth=1)
     axes.set(ylim=(0, 1.02), xlabel="seconds of training", ylabel=f"seeds with an evaluation ≥ {row.solved:.0f}")
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
@@ -166,9 +185,8 @@ def draw_time_to_solve(name: str, by_algorithm: dict[str, Results]) -> Figure:
     return figure
 
 
-def draw_all(folder: Path) -> dict[str, Figure]:
+def draw_all(rows: Rows) -> dict[str, Figure]:
     """Every picture for which there are results, by the name of its file."""
-    rows = read_rows(folder)
     if not rows:
         return {}
     pictures = {
@@ -188,9 +206,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the result files")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures")
     arguments = parser.parse_args()
+    rows = read_rows(arguments.folder)
+    if not rows:
+        parser.error(f"--folder must hold {MINIMUM_SEEDS} seeds of both algorithms of a row as it is, got {arguments.folder}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw_all(arguments.folder).items():
-        figure.savefig(arguments.output / f"{name}.png")
+    for name, figure in draw_all(rows).items():
+        figure.savefig(arguments.output / f"{name}.png", metadata={"Source": digest_of(rows)})
         print(f"wrote {arguments.output / name}.png")
 
 

@@ -196,15 +196,34 @@ def _parameters(path: Path) -> list[np.ndarray]:
 
 
 def in_new_process(function: Callable[..., None], *args: Any, seconds: float | None = None) -> bool:
-    """Run a function in a process, and kill it after some seconds; whether it came to its end."""
-    process = PROCESSES.Process(target=function, args=args)
+    """
+    Run a function in a process, and kill it after some seconds, with the processes that it has started.
+
+    :param function: What to run
+    :param args: Its arguments
+    :param seconds: When to kill it; ``None`` for never
+    :return: Whether it came to its end
+    :raises RuntimeError: if it came to another end than these two
+    """
+    process = PROCESSES.Process(target=_in_a_group_of_its_own, args=(function, *args))
     process.start()
-    process.join(seconds)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    assert process.pid is not None
+    os.setpgid(process.pid, process.pid)  # both do it: either may be the first to need it
+    try:
+        process.join(seconds)
+    finally:
+        was_killed = process.is_alive()
+        if was_killed:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+    if process.exitcode != 0 and not (was_killed and process.exitcode == -signal.SIGKILL):
+        raise RuntimeError(f"the process was to end or to be killed, got the exit code {process.exitcode}")
     return process.exitcode == 0
+
+
+def _in_a_group_of_its_own(function: Callable[..., None], *args: Any) -> None:
+    os.setpgid(0, 0)
+    function(*args)
 
 
 def uninterrupted(scenario: Scenario, folder: Path) -> tuple[dict[str, str], float]:
@@ -212,8 +231,7 @@ def uninterrupted(scenario: Scenario, folder: Path) -> tuple[dict[str, str], flo
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start = time.perf_counter()
-    if not in_new_process(train, scenario, folder / "run", folder / "checkpoints", folder / "digest.json"):
-        raise RuntimeError(f"{scenario} cannot be trained")
+    in_new_process(train, scenario, folder / "run", folder / "checkpoints", folder / "digest.json")
     return json.loads((folder / "digest.json").read_text()), time.perf_counter() - start
 
 
@@ -234,8 +252,7 @@ def killed_until_done(
             continue
         checkpoint = newest_checkpoint(folder / "checkpoints")
         continued_from.append(checkpoint.num_timesteps if checkpoint else 0)
-    if not in_new_process(train, *arguments):
-        raise RuntimeError(f"{scenario} cannot be continued")
+    in_new_process(train, *arguments)
     return json.loads((folder / "digest.json").read_text()), continued_from
 
 

@@ -53,7 +53,8 @@ def learning_curve(run: tuple[str, str, int, int, int]) -> list[float]:
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean."""
-    low, high = bootstrap((values,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    method = "BCa" if np.ptp(values) else "percentile"  # BCa has none where all seeds agree
+    low, high = bootstrap((values,), np.mean, method=method, rng=np.random.default_rng(0)).confidence_interval
     return float(low), float(high)
 
 

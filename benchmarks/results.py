@@ -4,14 +4,16 @@ Train LectureDQN and SB3's DQN for the tables of docs/results.md.
 ::
 
     python benchmarks/results.py                                            # whatever is missing, of all rows: days
-    python benchmarks/results.py --rows CartPole-v1 Acrobot-v1 --seeds 0 1 2
-    python benchmarks/results.py --rows LunarLander-v2 --params '{"gamma": 0.995}' --folder experiment
+    python benchmarks/results.py --rows CartPole-v1 --folder my_results     # a row again, in an empty folder
+    python benchmarks/results.py --rows LunarLander-v2 --seeds 0 1 2 --params '{"gamma": 0.995}' --folder experiment
 
 Both algorithms train with the same budget, seed by seed and in turn, one process a core and one thread a process, on the
 environments and with the settings that the zoo's own manager makes of a hyperparameter entry. A run whose line is in its
-result file is not repeated, unless the entry has changed since; a run that is killed loses only itself.
+result file is not repeated, unless the entry has changed since; a run that is killed loses only itself. Two commands with one
+folder share the runs; who ends a command ends its trainings.
 
-Evaluations do not count as time of training. ``tables.py`` and ``figures.py`` show what is in the result files.
+Evaluations do not count as time of training. The command ends with the score of each run. ``tables.py`` and ``figures.py``
+take a ``--folder`` too, and show the runs of the rows as they are, not those of an experiment.
 
 Needs ``sb3-lecture-dqn[dev]``.
 """
@@ -23,14 +25,17 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import hashlib
 import inspect
 import io
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -45,25 +50,28 @@ import torch as th
 import yaml
 from gymnasium.error import DependencyNotInstalled
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import ALGOS
+from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_lecture_dqn import DivergenceError
+from sb3_lecture_dqn import DivergenceError, LectureDQN
 from sb3_lecture_dqn.envs.robo_parking_drivers import find_optimal_drive
 from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
-from sb3_lecture_dqn.zoo import HYPERPARAMS_FILE, register
+from sb3_lecture_dqn.zoo import CHECKPOINTS, HYPERPARAMS_FILE, register
 
 FOLDER = Path(__file__).parent / "results"
-ALGORITHMS = ("lecture_dqn", "dqn")
+ALGORITHMS = {"lecture_dqn": LectureDQN, "dqn": DQN}
 # Seeds that no training and no search uses. Each evaluation has a thousand of its own.
 FIRST_FINAL_SEED, FIRST_CURVE_SEED, SEEDS_OF_EACH = 5_000_000, 6_000_000, 1_000
 N_EVALUATION_ENVS = 10
 N_EVALUATIONS, EVALUATION_EPISODES, FINAL_EPISODES = 20, 20, 100
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "rl-zoo3", "numpy", "sb3-lecture-dqn")
+#: Exit code of a process whose run another command is training.
+LEFT_TO_ANOTHER = os.EX_TEMPFAIL
+OUTCOMES = {0: "done", LEFT_TO_ANOTHER: "left to the command that is training it"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +167,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def settings_in_use(run: Run) -> dict[str, Any]:
     """What a result file says about the settings of a run: the entry, and the constructor's defaults where it is silent."""
-    parameters = inspect.signature(ALGOS[run.algorithm]).parameters
+    parameters = inspect.signature(ALGORITHMS[run.algorithm]).parameters
     defaults = {name: parameters[name].default for name in ("learning_rate", "train_freq", *NUMERIC_ARGUMENTS)}
     plain = {name: str(value) if callable(value) else value for name, value in defaults.items()}
     settings: dict[str, Any] = json.loads(json.dumps(plain | read_entry(run)))
@@ -169,6 +177,7 @@ def settings_in_use(run: Run) -> dict[str, Any]:
 def make_manager(run: Run, folder: Path) -> tuple[Any, Any]:
     """The zoo's manager of a run, after its set-up, and the model that it made."""
     register()
+    os.environ.pop(CHECKPOINTS, None)  # else every run would go on from the first one's checkpoints
     config = folder / "entry.yml"
     config.write_text(yaml.safe_dump({run.row.env: read_entry(run)}))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -369,7 +378,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def runs_of(
     name: str,
     row: Row,
-    algorithms: Sequence[str] = ALGORITHMS,
+    algorithms: Iterable[str] = tuple(ALGORITHMS),
     seeds: Iterable[int] | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> list[Run]:
@@ -379,20 +388,69 @@ def runs_of(
 
 
 def carry_out(run: Run, folder: Path) -> None:
-    """Train, evaluate and write the line: what each process does."""
-    print(f"{run}: starts", flush=True)
+    """Train, evaluate and write the line, unless another process does or has done it: what each process does."""
+    _end_with_the_command()
+    with _claimed(run, folder) as is_ours:
+        if not is_ours:
+            sys.exit(LEFT_TO_ANOTHER)
+        if results_of([run], folder):
+            return
+        print(f"{run}: starts", flush=True)
+        try:
+            result = train_and_evaluate(run, lambda line: print(f"{run}: {line}", flush=True))
+        except DependencyNotInstalled as error:
+            sys.exit(f"{run}: {error}")
+        _append_or_print(result, folder)
+
+
+def _end_with_the_command() -> None:
+    """Have this process end, with its claim given back, when it is told to and when the command that started it is gone."""
+    command = multiprocessing.parent_process()
+    if command is None:
+        return
+
+    def wait_for_its_end() -> None:
+        command.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _claimed(run: Run, folder: Path) -> Iterator[bool]:
+    """Whether the run is this process's alone. However a process dies, the system takes its lock away."""
+    settings = hashlib.sha256(json.dumps(settings_in_use(run), sort_keys=True).encode()).hexdigest()[:8]
+    file = folder / f".{run.name}-{run.algorithm}-{run.seed}-{settings}.lock"
+    is_ours = False
+    with _locked(folder):  # nobody removes the file before it is locked
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
     try:
-        result = train_and_evaluate(run, lambda line: print(f"{run}: {line}", flush=True))
-    except DependencyNotInstalled as error:
-        sys.exit(f"{run}: {error}")
-    append_result(result, folder)
+        yield is_ours
+    finally:
+        if is_ours:
+            with _locked(folder):
+                file.unlink()
+        os.close(descriptor)
+
+
+def _append_or_print(result: dict[str, Any], folder: Path) -> None:
+    """A line that cannot be written is printed: it took a training."""
+    try:
+        append_result(result, folder)
+    except (OSError, ValueError) as error:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        sys.exit(f"{result_file(result['row'], folder)} cannot be written ({error}); its new line is printed above")
 
 
 def run_in_processes(
     runs: Sequence[Any], folder: Path, n_processes: int, work: Callable[[Any, Path], None] = carry_out
 ) -> int:
     """
-    Start a process for each run, so many at once.
+    Start a process for each run, so many at once; they end with this function.
 
     :param runs: The runs, in their order
     :param folder: Folder of the result files
@@ -403,21 +461,39 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")
     waiting, running, n_done, n_failed = list(runs), {}, 0, 0
     start = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < n_processes:
-            run = waiting.pop(0)
-            process = context.Process(target=work, args=(run, folder), daemon=True)
-            process.start()
-            running[process.sentinel] = (run, process)
-        for sentinel in wait(list(running)):
-            run, process = running.pop(sentinel)  # type: ignore[call-overload]
-            process.join()
-            n_done += 1
-            n_failed += process.exitcode != 0
-            hours_left = (time.monotonic() - start) / n_done * (len(runs) - n_done) / 3600
-            outcome = "done" if process.exitcode == 0 else f"FAILED with exit code {process.exitcode}"
-            print(f"{run}: {outcome}; {n_done} of {len(runs)} runs, about {hours_left:.1f} h left", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_processes:
+                run = waiting.pop(0)
+                process = context.Process(target=work, args=(run, folder), daemon=True)
+                _start_leaving_ctrl_c_to_us(process)
+                running[process.sentinel] = (run, process)
+            for sentinel in wait(list(running)):
+                run, process = running.pop(sentinel)  # type: ignore[call-overload]
+                process.join()
+                n_done += 1
+                n_failed += process.exitcode not in OUTCOMES
+                hours_left = (time.monotonic() - start) / n_done * (len(runs) - n_done) / 3600
+                outcome = OUTCOMES.get(process.exitcode, f"FAILED with exit code {process.exitcode}")
+                print(f"{run}: {outcome}; {n_done} of {len(runs)} runs, about {hours_left:.1f} h left", flush=True)
+    finally:
+        _end([process for _, process in running.values()])
     return n_failed
+
+
+def _start_leaving_ctrl_c_to_us(process: Any) -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new process
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -432,9 +508,33 @@ def _parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes must be at least 1, got {arguments.processes}")
-    if (arguments.steps or arguments.params) and arguments.folder.resolve() == FOLDER.resolve():
-        parser.error("--steps and --params need a --folder of their own: the committed results are of the rows as they are")
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if not isinstance(arguments.params, dict):
+        parser.error(f"--params must be a JSON object, got {json.dumps(arguments.params)}")
+    if min(arguments.seeds or [0]) < 0:
+        parser.error(f"--seeds must be at least 0, got {min(arguments.seeds)}")
+    if arguments.folder.resolve() == FOLDER.resolve():
+        _check_that_the_rows_stay_as_they_are(parser, arguments)
+    _check_folder(parser, arguments.folder)
     return arguments
+
+
+def _check_that_the_rows_stay_as_they_are(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.steps or arguments.params:
+        parser.error("--steps and --params need a --folder of their own: the committed results are of the rows as they are")
+    for name in arguments.rows:
+        last_seed = ROWS[name].n_seeds - 1
+        if max(arguments.seeds or [0]) > last_seed:
+            parser.error(f"--seeds must be at most {last_seed} for {name} without a --folder, got {max(arguments.seeds)}")
+
+
+def _check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"--folder must be a folder that can be written to, got {folder} ({error.strerror})")
 
 
 def main() -> None:
@@ -447,7 +547,10 @@ def main() -> None:
         runs += runs_of(name, row, arguments.algorithms, arguments.seeds, arguments.params)
     missing = [run for run in runs if not results_of([run], arguments.folder)]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already", flush=True)
-    n_failed = run_in_processes(missing, arguments.folder, arguments.processes)
+    try:
+        n_failed = run_in_processes(missing, arguments.folder, arguments.processes)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on with what is missing")
     for run in runs:
         for result in results_of([run], arguments.folder):
             print(f"{run}: {score(run.row, result):.2f} after {result['training_seconds']:.0f} s of training")
@@ -456,4 +559,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trainings end too
     main()

@@ -10,12 +10,13 @@ must be a whole checkpoint, not older than the one before; the next process load
 import argparse
 import random
 import signal
+import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+from checkpoint_overhead import Timed
 from kills import PROCESSES, warm_up
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
@@ -40,12 +41,12 @@ class DiesWhileSaving(ResumableCheckpointCallback):
 
     not_in_checkpoints = ResumableCheckpointCallback.not_in_checkpoints | {"_saves_to_live", "_seconds"}
 
-    def _save(self, state: Any, *, is_first: bool = False) -> None:
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         self._saves_to_live -= 1
         if self._saves_to_live == 0:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, without any of its code
             signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-6))
-        super()._save(state, is_first=is_first)
+        super()._save(*args, **kwargs)
 
 
 def make_model() -> LectureDQN:
@@ -63,16 +64,9 @@ def train(folder: Path, save_number: int, seconds: float) -> None:
 
 def seconds_per_save(folder: Path) -> float:
     """How long a save takes here."""
-    durations = []
-
-    class Timed(ResumableCheckpointCallback):
-        def _save(self, state: Any, *, is_first: bool = False) -> None:
-            start = time.perf_counter()
-            super()._save(state, is_first=is_first)
-            durations.append(time.perf_counter() - start)
-
-    make_model().learn(20 * SAVE_FREQ, callback=Timed(SAVE_FREQ, folder, keep_last=2))
-    return sorted(durations)[len(durations) // 2]
+    callback = Timed(SAVE_FREQ, folder, keep_last=2)
+    make_model().learn(20 * SAVE_FREQ, callback=callback)
+    return statistics.median(callback.seconds)
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ Speed of LectureDQN beside SB3's DQN and SBX's DQN in one run: each peer in a pr
     python benchmarks/speed.py --rows train sample  # some rows
     python benchmarks/speed.py --rounds 9 --threads 1
 
-A round is the same work for all; the figure is the median of the rounds' ratios. Peers that are not installed, and CUDA where
-there is none, are left out with a line that says so. Absolute numbers swing with whatever else the machine does.
+A round is the same work for all; the figure is the median of the rounds' ratios. Peers that are not installed or do not start,
+and CUDA where there is none, are left out with a line that says so; all rows but CUDA's are on the CPU. Absolute numbers swing
+with whatever else the machine does.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ LUNAR_LANDER = {
     "exploration_fraction": 1e-4,
     "exploration_final_eps": 0.1,
     "policy_kwargs": {"net_arch": [256, 256]},
+    "device": "cpu",
 }
 BATCH_SIZE, WIDTH = 128, 256
 
@@ -59,6 +62,7 @@ class Row(NamedTuple):
 def algorithm(peer: str) -> Any:
     """The class of a peer."""
     if peer == "sbx":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX computes on a GPU if there is one
         from sbx import DQN as SBX
 
         return SBX
@@ -135,22 +139,32 @@ def gradient_step(peer: str, batch_size: int = BATCH_SIZE, device: str = "cpu", 
 
 
 def matrix_products() -> Callable[[], float]:
-    """Per gradient step: two forward passes through the middle layer, its weights' gradient and its inputs' gradient."""
-    import torch as th
-
-    inputs, weight = th.randn(BATCH_SIZE, WIDTH), th.randn(WIDTH, WIDTH)
-    output, gradient = th.empty(BATCH_SIZE, WIDTH), th.empty(WIDTH, WIDTH)
+    """Rounds of the products, in gradient steps per second."""
+    four_products = products_of_a_step(BATCH_SIZE, WIDTH)
 
     def one_round() -> float:
         start = time.perf_counter()
         for _ in range(1_000):
-            th.mm(inputs, weight.t(), out=output)
-            th.mm(inputs, weight.t(), out=output)
-            th.mm(output.t(), inputs, out=gradient)
-            th.mm(inputs, weight, out=output)
+            four_products()
         return 1_000 / (time.perf_counter() - start)
 
     return one_round
+
+
+def products_of_a_step(batch_size: int, width: int) -> Callable[[], None]:
+    """Per gradient step: two forward passes through the middle layer, its weights' gradient and its inputs' gradient."""
+    import torch as th
+
+    inputs, weight = th.randn(batch_size, width), th.randn(width, width)
+    output, gradient = th.empty(batch_size, width), th.empty(width, width)
+
+    def four_products() -> None:
+        th.mm(inputs, weight.t(), out=output)
+        th.mm(inputs, weight.t(), out=output)
+        th.mm(output.t(), inputs, out=gradient)
+        th.mm(inputs, weight, out=output)
+
+    return four_products
 
 
 def random_images() -> Any:
@@ -165,7 +179,7 @@ def sample(peer: str) -> Callable[[], float]:
     import gymnasium
 
     env = gymnasium.make("LunarLander-v3")
-    model = algorithm(peer)("MlpPolicy", env, buffer_size=1_000_000, seed=0)
+    model = algorithm(peer)("MlpPolicy", env, buffer_size=1_000_000, seed=0, device="cpu")
     buffer = model.replay_buffer
     rng = np.random.default_rng(0)
     for name in ("observations", "next_observations", "rewards"):
@@ -217,13 +231,37 @@ def work(row: str, peer: str, threads: int) -> None:
 # --- What the parent does ---------------------------------------------------------------------------------------------------
 
 
+#: Never sleeps, and ends with the process that started it, however that ends: its standard input is closed then.
+SPINNER = """\
+import select, sys
+while not select.select([sys.stdin], [], [], 0)[0]:
+    sum(range(100_000))
+"""
+
+
+@contextmanager
+def busy_core(is_busy: bool) -> Iterator[None]:
+    """Another process that never sleeps."""
+    if not is_busy:
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", SPINNER], stdin=subprocess.PIPE):  # waits for its end
+        yield
+
+
 class Worker:
-    """A peer in a process of its own."""
+    """
+    A peer in a process of its own.
+
+    :raises ChildProcessError: if it does not start
+    """
 
     def __init__(self, row: str, peer: str, threads: int) -> None:
         command = [sys.executable, __file__, "--worker", row, peer, "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()  # ready
+        if self._read() != "ready":
+            self.close()
+            raise ChildProcessError(f"{peer} does not start; its error is above")
 
     def _read(self) -> str:
         assert self.process.stdout is not None
@@ -245,18 +283,26 @@ class Worker:
 def measure(name: str, rounds: int, threads: int) -> dict[str, list[float]]:
     """All rounds of a row, the peers in turn."""
     row = ROWS[name]
-    peers = [peer for peer in row.peers if peer != "sbx" or importlib.util.find_spec("sbx")]
-    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if row.busy else None
-    workers = {peer: Worker(name, peer, threads) for peer in peers}
+    workers: dict[str, Worker] = {}
+    with busy_core(row.busy):
+        try:
+            for peer in row.peers:
+                if peer != "sbx" or importlib.util.find_spec("sbx"):
+                    _start(workers, name, peer, threads)
+            results = [{peer: worker.one_round() for peer, worker in workers.items()} for _ in range(rounds)]
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return {peer: [result[peer] for result in results] for peer in workers}
+
+
+def _start(workers: dict[str, Worker], name: str, peer: str, threads: int) -> None:
     try:
-        results = [{peer: worker.one_round() for peer, worker in workers.items()} for _ in range(rounds)]
-    finally:
-        for worker in workers.values():
-            worker.close()
-        if spinner is not None:
-            spinner.kill()
-            spinner.wait()
-    return {peer: [result[peer] for result in results] for peer in peers}
+        workers[peer] = Worker(name, peer, threads)
+    except ChildProcessError as error:
+        if peer == "lecture_dqn":  # the one that all others are compared with
+            raise SystemExit(str(error)) from error
+        print(f"left out: {error}", flush=True)
 
 
 def print_row(name: str, rates: dict[str, list[float]]) -> None:

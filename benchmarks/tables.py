@@ -3,13 +3,16 @@ Generate the tables of README.md and docs/results.md from the result files of ``
 
 ::
 
-    python benchmarks/tables.py
+    python benchmarks/tables.py                        # writes the tables of the committed results
+    python benchmarks/tables.py --folder my_results    # prints the tables of others
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``. Interquartile means and their 95 % intervals
 (stratified bootstrap over the seeds) are computed by rliable (https://arxiv.org/abs/2108.13264). A row with fewer seeds than
 it asks for says how many it has.
 """
 
+import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -29,7 +32,7 @@ IMAGES = REPOSITORY / "docs" / "images"
 PICTURES = {
     "learning_curves": "The return of the evaluations during training: interquartile mean and 95 % interval",
     "iqm": "The return of the final models: interquartile mean, 95 % interval, and each seed",
-    "probability_of_improvement": "The probability that a run of LectureDQN is better than one of SB3's DQN",
+    "probability_of_improvement": "The probability that a run of LectureDQN is better than one of SB3's DQN; ties count half",
     "time_to_solve": "The share of the seeds that has landed after so many seconds of training",
 }
 N_RESAMPLES = 5_000
@@ -38,7 +41,6 @@ OURS, THEIRS = "lecture_dqn", "dqn"
 NAMES = {OURS: "`LectureDQN`", THEIRS: "SB3's DQN"}
 
 Results = list[dict[str, Any]]
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 class Interval(NamedTuple):
@@ -96,12 +98,12 @@ def scores_of(row: Row, results: Results) -> tuple[float, ...]:
 
 
 def seconds_to_solve(row: Row, result: dict[str, Any]) -> tuple[float, bool]:
-    """Seconds of training to the first evaluation that solved it, or all of them; and whether there was one."""
+    """Seconds of training to the first evaluation that solved it, or all that it had; and whether there was one."""
     assert row.solved is not None
     for _, seconds, mean_return in result["curve"]:
         if mean_return >= row.solved:
             return seconds, True
-    return result["training_seconds"], False
+    return math.inf if "error" in result else result["training_seconds"], False  # diverged: more would not have helped
 
 
 # --- Cells ----------------------------------------------------------------------------------------------------------------
@@ -111,6 +113,11 @@ def number(value: float, digits: int = 1) -> str:
     """A number with a minus sign, not a hyphen."""
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Whole seconds."""
+    return f"{seconds:.0f} s" if math.isfinite(seconds) else "never"
 
 
 def iqm_cell(row: Row, results: Results) -> str:
@@ -153,8 +160,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([head_line, "|---" * len(head) + "|", *other_lines])
 
 
-def _rows(settings: str) -> dict[str, Row]:
-    return {name: row for name, row in ROWS.items() if (row.settings == "defaults") == (settings == "defaults")}
+def _rows(*, of_defaults: bool) -> dict[str, Row]:
+    return {name: row for name, row in ROWS.items() if (row.settings == "defaults") == of_defaults}
 
 
 def _steps(row: Row) -> str:
@@ -164,7 +171,7 @@ def _steps(row: Row) -> str:
 def tuned_table(folder: Path) -> str:
     """Every row with a hyperparameter entry, and what is to be reached."""
     lines = []
-    for name, row in _rows("zoo").items():
+    for name, row in _rows(of_defaults=False).items():
         results = read_row(name, folder)
         cells = [iqm_cell(row, results[algorithm]) for algorithm in NAMES]
         lines.append([row.env, _steps(row), *cells, target_cell(row), verdict_cell(row, results), row.published])
@@ -175,7 +182,7 @@ def tuned_table(folder: Path) -> str:
 def short_table(folder: Path) -> str:
     """The same for the README: without what is to be reached."""
     lines = []
-    for name, row in _rows("zoo").items():
+    for name, row in _rows(of_defaults=False).items():
         results = read_row(name, folder)
         lines.append([row.env, _steps(row), *(iqm_cell(row, results[algorithm]) for algorithm in NAMES), row.published])
     return _table(["environment", "steps", *NAMES.values(), "the zoo's published DQN"], lines)
@@ -184,7 +191,7 @@ def short_table(folder: Path) -> str:
 def defaults_table(folder: Path) -> str:
     """The constructors' defaults."""
     lines = []
-    for name, row in _rows("defaults").items():
+    for name, row in _rows(of_defaults=True).items():
         results = read_row(name, folder)
         lines.append([row.env, _steps(row), *(iqm_cell(row, results[algorithm]) for algorithm in NAMES)])
     return _table(["environment", "steps", *NAMES.values()], lines)
@@ -202,7 +209,7 @@ def time_table(folder: Path) -> str:
             times = [seconds_to_solve(row, result) for result in of_one]
             medians.append(float(np.median([seconds for seconds, _ in times])) if times else np.nan)
             n_solved = sum(is_solved for _, is_solved in times)
-            cells.append(f"{medians[-1]:.0f} s ({n_solved} of {len(times)} seeds got there)" if times else NOT_RUN)
+            cells.append(f"{duration(medians[-1])} ({n_solved} of {len(times)} seeds got there)" if times else NOT_RUN)
         ratio = number(medians[0] / medians[1], 2) if np.isfinite(medians).all() else ""
         lines.append([row.env, f"≥ {row.solved:.0f}", *cells, ratio])
     return _table(["environment", "evaluation", *NAMES.values(), "ratio"], lines)
@@ -278,8 +285,23 @@ def fill_in(text: str, folder: Path = FOLDER) -> str:
     return re.sub(r"<!-- results:(\w+) -->.*?<!-- /results:\1 -->", fill, text, flags=re.DOTALL)
 
 
+def print_tables(folder: Path) -> None:
+    """Every table but the pictures and the README's shorter one."""
+    for name, table in TABLES.items():
+        if name not in ("pictures", "short"):
+            print(f"{name}:\n\n{table(folder)}\n")
+
+
 def main() -> None:
-    """Write the tables."""
+    """Write the tables, or print those of other results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="folder of other result files: their tables are printed, none is written")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        if not any(of_one for name in ROWS for of_one in read_row(name, folder).values()):
+            parser.error(f"--folder must hold results of the rows as they are, got {folder}")
+        print_tables(folder)
+        return
     for file in FILES:
         file.write_text(fill_in(file.read_text()))
         print(f"wrote {file.relative_to(REPOSITORY)}")

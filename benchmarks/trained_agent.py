@@ -4,11 +4,12 @@ Train an agent by the zoo's own command, and put it where ``rl_zoo3.enjoy -f rl-
 ::
 
     python benchmarks/trained_agent.py --env CartPole-v1 --seed 0
-    python benchmarks/trained_agent.py --env LunarLander-v2 --seed 0 --steps 500000
+    python benchmarks/trained_agent.py --env LunarLander-v2 --seed 0 --steps 500000 --folder my_agents
     python -m rl_zoo3.enjoy --algo lecture_dqn --env CartPole-v1 -f rl-trained-agents
 
 The final model is kept, not the best checkpoint, without replay buffer and without the state of its optimizer; and it is
-evaluated on seeds that neither a training nor a search has used.
+evaluated on the episodes of the tables, on seeds that no training has used. An agent that is there already is replaced when
+the new one has its card.
 """
 
 import argparse
@@ -30,14 +31,18 @@ from results import (
     FIRST_FINAL_SEED,
     N_EVALUATION_ENVS,
     PACKAGES,
+    ROWS,
     SEEDS_OF_EACH,
     greedy_returns,
     optimal_return,
+    results_of,
+    runs_of,
 )
 from rl_zoo3.utils import EnvironmentName, create_test_env, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.zoo import CHECKPOINTS
 
 AGENTS = Path(__file__).parents[1] / "rl-trained-agents"
 MAX_BYTES = 1_000_000
@@ -52,7 +57,8 @@ CARD = """\
 | command | `{command}` |
 | environment steps | {steps} |
 | seed | {seed} |
-| return | **{mean:.2f} ± {std:.2f}** (mean ± standard deviation, {episodes} greedy episodes on fresh seeds){reference} |
+| return | **{mean:.2f} ± {std:.2f}** \
+(mean ± standard deviation, {episodes} greedy episodes on seeds that no training has used){reference} |
 | which model | the final one, not the best checkpoint |
 | versions | {versions} |
 | trained on | {date} |
@@ -82,7 +88,8 @@ def train(env_id: str, seed: int, steps: int | None, folder: Path) -> list[str]:
     """
     arguments = ["-m", "rl_zoo3.train", "--algo", "lecture_dqn", "--env", env_id, "--seed", str(seed), "--eval-freq", "-1"]
     arguments += [] if steps is None else ["-n", str(steps)]
-    subprocess.run([sys.executable, *arguments], cwd=folder, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {name: value for name, value in os.environ.items() if name != CHECKPOINTS}  # the run is no other one's rest
+    subprocess.run([sys.executable, *arguments], cwd=folder, check=True, env={**environment, "OMP_NUM_THREADS": "1"})
     return ["python", *arguments]
 
 
@@ -92,12 +99,11 @@ def publish(env_id: str, log_folder: Path, target: Path) -> LectureDQN:
 
     :param env_id: Environment id
     :param log_folder: What the zoo's command has written, ``logs/lecture_dqn/<env name>_1``
-    :param target: The agent's folder; what is in it is replaced
+    :param target: The new folder of the agent
     :return: The model
     :raises ValueError: if the model's file is too large
     """
     env_name = EnvironmentName(env_id)
-    shutil.rmtree(target, ignore_errors=True)
     (target / env_name).mkdir(parents=True)
     for name in ("config.yml", "args.yml", "vecnormalize.pkl"):
         source = log_folder / env_name / name
@@ -129,12 +135,26 @@ def evaluate(model: LectureDQN, env_id: str, folder: Path, seed: int) -> list[fl
     return returns
 
 
+def place_in_the_table(env_id: str, seed: int, steps: int) -> str:
+    """What a card says of a figure that is the best of many: the tables' runs had the same episodes."""
+    name = next((name for name, row in ROWS.items() if (row.env, row.steps, row.settings) == (env_id, steps, "zoo")), None)
+    if name is None:
+        return ""
+    means = {result["seed"]: np.mean(result["returns"]) for result in results_of(runs_of(name, ROWS[name], ["lecture_dqn"]))}
+    best = max(means.values(), default=0)
+    if means.get(seed) != best:
+        return ""
+    n_best = list(means.values()).count(best)
+    place = "the best" if n_best == 1 else f"one of the {n_best} best"
+    return f"; {place} of the table's {len(means)} seeds on these very episodes"
+
+
 def make_card(env_id: str, command: list[str], seed: int, steps: int, returns: list[float]) -> str:
     """The model card."""
-    reference = ""
+    reference = place_in_the_table(env_id, seed, steps)
     if env_id == "RoboParking-v0":
         optimum = optimal_return(env_id, FIRST_FINAL_SEED + SEEDS_OF_EACH * seed)
-        reference = f"; from the same starts, the optimal driver has {optimum:.2f}"
+        reference += f"; from the same starts, the optimal driver has {optimum:.2f}"
     return CARD.format(
         env=env_id,
         command=shlex.join(command),
@@ -161,13 +181,17 @@ def make_agent(env_id: str, seed: int, steps: int | None, agents: Path) -> Path:
     """
     env_name = EnvironmentName(env_id)  # the zoo's folders and files are named so
     target = agents / "lecture_dqn" / f"{env_name}_1"
-    with tempfile.TemporaryDirectory() as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as beside:
         command = train(env_id, seed, steps, Path(folder))
-        log_folder = Path(folder) / "logs" / "lecture_dqn" / f"{env_name}_1"
-        model = publish(env_id, log_folder, target)
-    returns = evaluate(model, env_id, target, seed)
-    config = yaml.unsafe_load((target / env_name / "config.yml").read_text())
-    (target / "README.md").write_text(make_card(env_id, command, seed, int(steps or config["n_timesteps"]), returns))
+        new = Path(beside) / "new"
+        model = publish(env_id, Path(folder) / "logs" / "lecture_dqn" / f"{env_name}_1", new)
+        returns = evaluate(model, env_id, new, seed)
+        config = yaml.unsafe_load((new / env_name / "config.yml").read_text())
+        (new / "README.md").write_text(make_card(env_id, command, seed, int(steps or config["n_timesteps"]), returns))
+        if target.exists():
+            target.rename(Path(beside) / "old")
+        new.rename(target)
     return target
 
 

@@ -45,6 +45,8 @@ WARM_UP = 4
 STEPS = 1_000
 #: Scaling is measured with trials that are long enough to be work.
 SCALING_STEPS = 3_000
+#: Trials that are finished, and that run, when the driver is measured.
+STUDIES = ((0, 0), (1000, 0), (0, 100), (0, 1000), (1000, 1000))
 #: All trials alike: else chance decides who is alone at the end, and one wide network weighs more than all the others.
 PARAMS = {
     "learning_rate": 1e-3,
@@ -187,7 +189,7 @@ def measure_driver(server: PostgresServer, n_trials: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder, sampler="tpe", pruner="median", n_startup_trials=10)
         for url in (f"{folder}/study.log", server.url()):
-            for finished, running in ((0, 0), (1000, 0), (0, 100), (0, 1000), (1000, 1000)):
+            for finished, running in STUDIES:
                 study = open_study(open_storage(url), f"{finished} finished, {running} running", zoo.scoring_of(manager))
                 with Runner(study) as runner:
                     fill(study, finished, TrialState.COMPLETE, runner)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +18,16 @@ import results
 import tables
 from dying import KILLED, write_or_die
 from matplotlib import pyplot as plt
+from PIL import Image
 from results import ROWS, Run
+from rl_zoo3.utils import ALGOS
 from rliable import metrics
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_lecture_dqn import DivergenceError, LectureDQN
+from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.envs import minatar_breakout
 from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs
+from sb3_lecture_dqn.zoo import CHECKPOINTS
 
 CARTPOLE = "CartPole-v1"
 
@@ -78,13 +84,19 @@ def test_every_committed_result_was_made_with_the_settings_in_force() -> None:
 
 
 def test_the_pictures_that_the_results_allow_are_committed_at_a_sensible_size() -> None:
-    drawn = figures.draw_all(results.FOLDER)
+    drawn = figures.draw_all(figures.read_rows(results.FOLDER))
     plt.close("all")
     assert {name for name in tables.PICTURES if (tables.IMAGES / f"{name}.png").exists()} == set(drawn)
     for name in drawn:
         picture = tables.IMAGES / f"{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("name", tables.PICTURES)
+def test_a_picture_is_of_the_committed_results(name: str) -> None:
+    with Image.open(tables.IMAGES / f"{name}.png") as picture:
+        assert picture.info["Source"] == figures.digest_of(figures.read_rows(results.FOLDER)), "python benchmarks/figures.py"
 
 
 # --- Running --------------------------------------------------------------------------------------------------------------
@@ -135,22 +147,99 @@ def test_runs_are_interleaved_seed_by_seed() -> None:
 
 
 @pytest.mark.parametrize("folder", [[], ["--folder", "results"], ["--folder", "../benchmarks/results"]])
-def test_an_experiment_does_not_touch_the_committed_results(folder: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
-    monkeypatch.chdir(results.FOLDER.parent)
-    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--params", '{"gamma": 0.9}', *folder])
-    with pytest.raises(SystemExit, match="2"):
-        results.main()
-
-
-def test_no_processes_are_refused_rather_than_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("experiment", [["--params", '{"gamma": 0.9}'], ["--seeds", "10"]])
+def test_an_experiment_does_not_touch_the_committed_results(
+    experiment: list[str], folder: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
-    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--processes", "0"])
+    monkeypatch.chdir(results.FOLDER.parent)
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, *experiment, *folder])
     with pytest.raises(SystemExit, match="2"):
         results.main()
-    assert capsys.readouterr().err.endswith("error: --processes must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [
+        ("--processes", "0", "at least 1, got 0"),
+        ("--steps", "0", "at least 1, got 0"),
+        ("--params", "3", "a JSON object, got 3"),
+        ("--seeds", "-1", "at least 0, got -1"),
+        ("--folder", __file__, f"a folder that can be written to, got {__file__} (File exists)"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(
+    argument: str, value: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "run_in_processes", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--folder", str(tmp_path), argument, value])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert capsys.readouterr().err.endswith(f"error: {argument} must be {reason}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_takes_its_trainings_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    runs = ["--rows", CARTPOLE, "--steps", "3000", "--seeds", "0", "--algorithms", "lecture_dqn"]
+    command = [sys.executable, results.__file__, *runs, "--processes", "1", "--folder", str(tmp_path)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # in a session of its own, where Ctrl-C reaches all of its processes, as in a terminal
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert any(line.endswith(": starts\n") for line in process.stdout)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate()  # ends when all that write to it have ended
+    assert errors == ("" if number == signal.SIGKILL else "interrupted; the same command goes on with what is missing\n")
+    assert not list(tmp_path.iterdir())  # no result, and no claim on a run
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: pytest.fail("it was trained twice"))
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    with results._claimed(run, tmp_path) as is_ours:
+        assert is_ours
+        with pytest.raises(SystemExit, match=str(results.LEFT_TO_ANOTHER)):
+            results.carry_out(run, tmp_path)
+        with results._claimed(dataclasses.replace(run, seed=1), tmp_path) as is_ours:
+            assert is_ours
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_dead_process_had_claimed_is_free(tmp_path: Path) -> None:
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    with results._claimed(run, tmp_path):
+        (file,) = tmp_path.iterdir()
+    file.touch()
+    with results._claimed(run, tmp_path) as is_ours:
+        assert is_ours
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_another_command_has_finished_meanwhile_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: pytest.fail("it was trained twice"))
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    results.append_result(made_up_result(run), tmp_path)
+    results.carry_out(run, tmp_path)
+    assert len(results.read_results(CARTPOLE, tmp_path)) == 1
+
+
+def test_a_result_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0)
+    monkeypatch.setattr(results, "train_and_evaluate", lambda *_: made_up_result(run, 12.0))
+    monkeypatch.setattr(results, "append_result", refuse)
+    with pytest.raises(SystemExit, match="no space left on device"):
+        results.carry_out(run, tmp_path)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(made_up_result(run, 12.0)))
 
 
 def test_a_killed_run_loses_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +291,20 @@ def test_the_zoos_entry_is_read_as_the_zoo_reads_it(tmp_path: Path) -> None:
     assert model.get_vec_normalize_env() is not None
     assert model.observation_space.shape == (12,)
     assert model.policy_kwargs["net_arch"] == [32]
+
+
+def test_no_run_goes_on_from_the_checkpoints_that_the_zoo_was_told_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHECKPOINTS, str(tmp_path / "checkpoints"))
+    manager, _ = results.make_manager(Run(CARTPOLE, ROWS[CARTPOLE], "lecture_dqn", 0), tmp_path)
+    assert not any(isinstance(callback, ResumableCheckpointCallback) for callback in manager.callbacks)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_settings_can_be_read_where_the_zoo_was_not_extended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ALGOS, "lecture_dqn")
+    assert results.settings_in_use(Run(CARTPOLE, ROWS[CARTPOLE], "lecture_dqn", 0))["tau"] == 1.0
 
 
 def test_returns_are_those_before_normalization() -> None:
@@ -358,6 +461,33 @@ def test_a_run_that_never_lands_counts_with_its_full_time(tmp_path: Path) -> Non
     assert cells[2:] == ["8 s (8 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", "0.16"]
 
 
+def test_a_run_that_diverged_early_does_not_count_as_a_quick_one(tmp_path: Path) -> None:
+    name = "LunarLander-v2"
+    for run in results.runs_of(name, ROWS[name]):
+        diverged = {"training_seconds": 2.0, "error": "Q has exploded"} if run.algorithm == "lecture_dqn" else {}
+        results.append_result({**made_up_result(run, curve=((5_000, 4.0, 230.0),)), **diverged, "curve": []}, tmp_path)
+    cells = row_of_table(tables.time_table(tmp_path), name)
+    assert cells[2:] == ["never (0 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", ""]
+    labels = figures.draw_time_to_solve(name, tables.read_row(name, tmp_path)).axes[0].get_legend_handles_labels()[1]
+    plt.close("all")
+    assert labels == ["LectureDQN, median never", "SB3's DQN, median 50 s"]
+
+
+def test_the_curve_of_a_diverged_run_goes_on_with_its_last_value(tmp_path: Path) -> None:
+    """Of ours one seed of three diverges at the second evaluation, of SB3's all do before the first."""
+    name = "Acrobot-v1"
+    steps = [2_500 * (i + 1) for i in range(results.N_EVALUATIONS)]
+    for run in results.runs_of(name, ROWS[name], seeds=range(3)):
+        n_points = 0 if run.algorithm == "dqn" else (20, 1, 20)[run.seed]
+        curve = tuple((step, 1.0, -90.0 + 30 * run.seed) for step in steps[:n_points])
+        error = {} if n_points == 20 else {"error": "Q has exploded"}
+        results.append_result({**made_up_result(run, -500.0, curve), **error}, tmp_path)
+    axes = figures.draw_learning_curves(figures.read_rows(tmp_path)).axes[0]
+    plt.close("all")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines == {"LectureDQN": (steps, [-60.0] * 20), "SB3's DQN": (steps, [-500.0] * 20)}
+
+
 def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
     run = results.runs_of(CARTPOLE, ROWS[CARTPOLE])[0]
     results.append_result({**made_up_result(run), "error": "Q has exploded"}, tmp_path)
@@ -366,18 +496,63 @@ def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
 
 def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> None:
     name = "LunarLander-v2"
-    assert figures.draw_all(tmp_path) == {}
+    assert figures.draw_all(figures.read_rows(tmp_path)) == {}
     write_results("Acrobot-v1", 1, tmp_path)  # too few
     for run in results.runs_of(name, ROWS[name], seeds=range(3)):
-        points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(4))
+        points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(results.N_EVALUATIONS))
         results.append_result(made_up_result(run, 200.0 + run.seed, points), tmp_path)
-    pictures = figures.draw_all(tmp_path)
+    pictures = figures.draw_all(figures.read_rows(tmp_path))
     assert list(pictures) == list(tables.PICTURES)
     curves = pictures["learning_curves"]
     assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["LunarLander-v2\n100 000 steps"]
     lines = {line.get_label(): line.get_ydata() for line in curves.axes[0].lines}
-    assert lines["LectureDQN"] == pytest.approx([0, 10, 20, 30])  # of the middle seed
+    assert lines["LectureDQN"] == pytest.approx(range(0, 200, 10))  # of the middle seed
     plt.close("all")
+
+
+def test_pictures_are_written_with_a_hash_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results("Acrobot-v1", 3, tmp_path / "results")
+    arguments = ["--folder", str(tmp_path / "results"), "--output", str(tmp_path / "pictures")]
+    monkeypatch.setattr(sys, "argv", ["figures.py", *arguments])
+    figures.main()
+    plt.close("all")
+    before = figures.read_rows(tmp_path / "results")
+    with Image.open(tmp_path / "pictures" / "iqm.png") as picture:
+        assert picture.info["Source"] == figures.digest_of(before)
+    write_results("Acrobot-v1", 4, tmp_path / "results")
+    assert figures.digest_of(figures.read_rows(tmp_path / "results")) != figures.digest_of(before)
+
+
+@pytest.mark.parametrize("program", [figures, tables])
+def test_a_folder_without_results_is_refused(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = results.runs_of(CARTPOLE, ROWS[CARTPOLE], params={"gamma": 0.9})[0]
+    results.append_result(made_up_result(run), tmp_path)  # of an experiment, not of the row
+    monkeypatch.setattr(sys, "argv", ["program", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --folder must hold " in last_line
+    assert last_line.endswith((f"as they are, got {tmp_path}", f"as it is, got {tmp_path}"))
+
+
+def test_the_tables_of_another_folder_are_printed_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(CARTPOLE, 3, tmp_path, ours=400)
+    monkeypatch.setattr(tables, "FILES", [tmp_path / "untouched.md"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--folder", str(tmp_path)])
+    tables.main()
+    assert row_of_table(capsys.readouterr().out, CARTPOLE)[2].startswith("401.0 [400.0, 402.0]")
+    assert not (tmp_path / "untouched.md").exists()
+
+
+def test_help_writes_no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "FILES", [tmp_path / "missing.md"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        tables.main()
 
 
 def test_a_row_of_defaults_sets_nothing() -> None:

@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import trained_agent
 from hatchling.builders.wheel import WheelBuilder
-from results import read_results
+from results import ROWS, read_results
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.zoo import CHECKPOINTS
 
 AGENTS = sorted((trained_agent.AGENTS / "lecture_dqn").glob("*_1"))
 RETURN = re.compile(r"\| return \| \*\*-?\d+\.\d\d ± \d+\.\d\d\*\* \(mean ± standard deviation, 100 greedy episodes")
@@ -48,6 +50,44 @@ def check_agent(folder: Path) -> None:
 def test_an_agent_has_what_playing_needs_and_a_card(made_agent: Path) -> None:
     check_agent(made_agent)
     assert "| environment steps | 1 200 |" in (made_agent / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_agent_stays_when_its_successor_comes_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "lecture_dqn" / "CartPole-v1_1"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("the one before")
+    monkeypatch.setattr(trained_agent, "train", lambda *_: [])  # writes no model
+    with pytest.raises(FileNotFoundError):
+        trained_agent.make_agent("CartPole-v1", 3, 1_200, tmp_path)
+    assert (folder / "README.md").read_text() == "the one before"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_agent_takes_the_place_of_the_one_before(made_agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_again(_: str, __: int, ___: int, folder: Path) -> list[str]:
+        log_folder = folder / "logs" / "lecture_dqn" / "CartPole-v1_1"
+        shutil.copytree(made_agent, log_folder)
+        return ["another", "command"]
+
+    before = (made_agent / "README.md").read_text(encoding="utf-8")
+    (made_agent / "old").touch()
+    monkeypatch.setattr(trained_agent, "train", train_again)
+    trained_agent.make_agent("CartPole-v1", 3, 1_200, made_agent.parents[1])
+    card = made_agent / "README.md"
+    assert "| command | `another command` |" in card.read_text(encoding="utf-8")
+    card.write_text(before, encoding="utf-8")
+    check_agent(made_agent)
+    assert list(made_agent.parent.iterdir()) == [made_agent]
+
+
+def test_an_agents_training_does_not_go_on_from_the_checkpoints_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(trained_agent.subprocess, "run", lambda *_, env, **__: environments.append(env))
+    monkeypatch.setenv(CHECKPOINTS, str(tmp_path))
+    trained_agent.train("CartPole-v1", 0, None, tmp_path)
+    assert [CHECKPOINTS in environment for environment in environments] == [False]
 
 
 def test_an_agent_of_an_environment_with_a_slash_in_its_name_is_where_enjoy_finds_it(
@@ -105,6 +145,25 @@ def test_an_agents_card_says_what_the_table_says_of_its_seed(env_id: str) -> Non
     run = ("lecture_dqn", int(found[1]))
     (returns,) = [result["returns"] for result in read_results(env_id) if (result["algorithm"], result["seed"]) == run]
     assert (found[2], found[3]) == (f"{np.mean(returns):.2f}", f"{np.std(returns):.2f}")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "place"),
+    [
+        ("Acrobot-v1", "the best"),
+        ("CartPole-v1", "one of the 8 best"),
+        ("LunarLander-v2", "the best"),
+        ("MountainCar-v0", "the best"),
+    ],
+)
+def test_the_card_of_an_agent_that_is_the_best_of_its_row_says_so(env_id: str, place: str) -> None:
+    card = (trained_agent.AGENTS / "lecture_dqn" / f"{env_id}_1" / "README.md").read_text(encoding="utf-8")
+    seed = re.search(r"\| seed \| (\d+) \|", card)
+    assert seed is not None
+    sentence = trained_agent.place_in_the_table(env_id, int(seed[1]), ROWS[env_id].steps)
+    assert sentence == f"; {place} of the table's 10 seeds on these very episodes"
+    assert sentence in card
+    assert trained_agent.place_in_the_table(env_id, 0, ROWS[env_id].steps) == ""
 
 
 def test_every_agent_that_the_readme_plays_is_there() -> None:
