@@ -2,20 +2,26 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import optuna
 import pytest
+import torch as th
+from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common import buffers, env_util, off_policy_algorithm, save_util
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+from torch.optim import optimizer as torch_optimizer
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.checkpoints import SETTINGS
@@ -24,6 +30,8 @@ from sb3_lecture_dqn.replay_buffer_files import stores_rows_as_sb3
 from sb3_lecture_dqn.training_state import ALGORITHM_STATE, LOGGER_STATE, NOT_A_CALLBACKS_OWN
 from sb3_lecture_dqn.tuning import storage
 
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+VECTOR, ACTIONS = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(2)
 ADVICE = "Stable-Baselines3 has changed: sb3_lecture_dqn/lecture_dqn.py must follow"
 OPTUNA_ADVICE = "Optuna has changed: sb3_lecture_dqn/tuning/storage.py must follow"
 
@@ -49,9 +57,8 @@ def test_methods_that_lecture_dqn_overrides_or_calls_take_what_they_took(method:
 
 def test_attributes_that_lecture_dqn_reads_are_set_by_sb3() -> None:
     model = LectureDQN("MlpPolicy", "CartPole-v1")
-    for name in ("_vec_normalize_env", "_current_progress_remaining", "_n_updates", "_logger"):
-        is_there = name in vars(model) or name in OffPolicyAlgorithm.__annotations__ or name == "_logger"
-        assert is_there, f"{ADVICE} ({name})"
+    for name in ("_vec_normalize_env", "_current_progress_remaining", "_n_updates", "_last_obs", "_stats_window_size"):
+        assert name in vars(model), f"{ADVICE} ({name})"
 
 
 def test_sb3_asks_for_the_replay_buffer_before_it_makes_one() -> None:
@@ -71,6 +78,36 @@ def test_the_file_helpers_that_files_uses_are_there() -> None:
 def test_policies_have_the_hooks_that_ours_fill_in() -> None:
     for name in ("_predict", "_get_constructor_parameters", "_update_features_extractor", "extract_features"):
         assert callable(getattr(BasePolicy, name)), f"{ADVICE} (policies.py, {name})"
+
+
+# Private names of other libraries, with the module of ours that uses them.
+PRIVATE_NAMES: list[tuple[Callable[[], Any], str, list[str]]] = [
+    (lambda: BasePolicy, "policies.py", ["_dummy_schedule", "_update_features_extractor", "_get_constructor_parameters"]),
+    (lambda: buffers.ReplayBuffer, "replay_buffer.py", ["_get_samples", "_normalize_obs", "_normalize_reward"]),
+    (lambda: buffers.NStepReplayBuffer(9, VECTOR, ACTIONS), "replay_buffer_files.py", ["pos", "full", "dones", "timeouts"]),
+    (lambda: LectureDQN("MlpPolicy", "CartPole-v1").env, "gym_vector_vec_env.py", ["_options", "_seeds", "_get_indices"]),
+    (lambda: VecEnv, "gym_vector_vec_env.py", ["_reset_seeds", "_reset_options"]),
+    (lambda: gymnasium.wrappers.OrderEnforcing(CartPoleEnv()), "episode_recorder.py", ["_has_reset"]),
+    (lambda: th.nn.Linear(1, 1), "fast_head.py", ["_modules", "_parameters", *(f"_{hooks}" for hooks in HOOKS)]),
+    (lambda: th.nn.modules.module, "fast_head.py", [f"_global_{hooks}" for hooks in HOOKS]),
+    (lambda: th.nn.Parameter(th.zeros(1)), "fast_head.py", ["_backward_hooks", "_post_accumulate_grad_hooks"]),
+    (lambda: th.optim.Adam([th.zeros(1)]), "flat_adam.py", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]),
+    (lambda: torch_optimizer, "flat_adam.py", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"]),
+    (lambda: th, "flat_adam.py", ["_fused_adam_"]),
+]
+
+
+@pytest.mark.parametrize(("make", "module", "names"), PRIVATE_NAMES)
+def test_private_names_of_other_libraries_are_there(make: Callable[[], Any], module: str, names: list[str]) -> None:
+    owner = make()
+    missing = [name for name in names if not hasattr(owner, name)]
+    assert missing == [], f"{owner!r} has no {missing} any more: sb3_lecture_dqn's {module} must follow"
+
+
+def test_callbacks_find_sb3s_local_variables_under_the_names_that_ours_read() -> None:
+    assert "callback" in OffPolicyAlgorithm.learn.__code__.co_varnames, "callbacks.py and checkpoints.py must follow"
+    needed = {"info", "i", "observations", "actions", "reward", "done"}
+    assert needed <= set(evaluate_policy.__code__.co_varnames), "OverestimationCallback in callbacks.py must follow"
 
 
 def test_optunas_cache_calls_its_database_by_methods_that_wait_for_outages() -> None:

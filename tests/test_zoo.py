@@ -518,6 +518,8 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
         assert step in objective, f"{advice} (_Entry)"
     created = inspect.getsource(exp_manager.ExperimentManager)
     attributes = ["save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"]
-    attributes += ["n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env_class"]
+    attributes += ["n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env_class", "custom_hyperparams", "n_envs"]
+    attributes += ["n_evaluations", "n_eval_episodes", "optimization_log_path", "n_jobs", "n_trials", "max_total_trials"]
+    attributes += ["storage", "study_name", "trial_id", "sampler", "pruner"]
     for attribute in attributes:
         assert f"self.{attribute} = " in created or f"self.{attribute}: " in created, advice
