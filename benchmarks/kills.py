@@ -195,15 +195,19 @@ def _parameters(path: Path) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in LectureDQN.load(path, device="cpu").policy.state_dict().values()]
 
 
-def in_new_process(function: Callable[..., None], *args: Any, seconds: float | None = None) -> bool:
+def in_new_process(function: Callable[..., None], *args: Any) -> bool:
+    """Run a function in a process; whether it came to its end."""
+    return exit_code_of(function, *args) == 0
+
+
+def exit_code_of(function: Callable[..., None], *args: Any, seconds: float | None = None) -> int:
     """
     Run a function in a process, and kill it after some seconds, with the processes that it has started.
 
     :param function: What to run
     :param args: Its arguments
     :param seconds: When to kill it; ``None`` for never
-    :return: Whether it came to its end
-    :raises RuntimeError: if it came to another end than these two
+    :return: The exit code: 0 if it came to its end, ``-signal.SIGKILL`` if it was killed before
     """
     process = PROCESSES.Process(target=_in_a_group_of_its_own, args=(function, *args))
     process.start()
@@ -212,13 +216,11 @@ def in_new_process(function: Callable[..., None], *args: Any, seconds: float | N
     try:
         process.join(seconds)
     finally:
-        was_killed = process.is_alive()
-        if was_killed:
+        if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
-    if process.exitcode != 0 and not (was_killed and process.exitcode == -signal.SIGKILL):
-        raise RuntimeError(f"the process was to end or to be killed, got the exit code {process.exitcode}")
-    return process.exitcode == 0
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def _in_a_group_of_its_own(function: Callable[..., None], *args: Any) -> None:
@@ -231,7 +233,8 @@ def uninterrupted(scenario: Scenario, folder: Path) -> tuple[dict[str, str], flo
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start = time.perf_counter()
-    in_new_process(train, scenario, folder / "run", folder / "checkpoints", folder / "digest.json")
+    if not in_new_process(train, scenario, folder / "run", folder / "checkpoints", folder / "digest.json"):
+        raise RuntimeError(f"{scenario} cannot be trained")
     return json.loads((folder / "digest.json").read_text()), time.perf_counter() - start
 
 
@@ -245,14 +248,18 @@ def killed_until_done(
     continued_from: list[int] = []
     while len(continued_from) < n_kills:
         # A resumed run is shorter, so that a moment of the whole run often finds it finished: then from the start again.
-        if in_new_process(train, *arguments, seconds=generator.uniform(0.0, duration)):
+        exit_code = exit_code_of(train, *arguments, seconds=generator.uniform(0.0, duration))
+        if exit_code not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"{scenario} was to end or to be killed, got the exit code {exit_code}")
+        if exit_code == 0:
             shutil.rmtree(folder)
             folder.mkdir()
             continued_from.clear()
             continue
         checkpoint = newest_checkpoint(folder / "checkpoints")
         continued_from.append(checkpoint.num_timesteps if checkpoint else 0)
-    in_new_process(train, *arguments)
+    if not in_new_process(train, *arguments):
+        raise RuntimeError(f"{scenario} cannot be continued")
     return json.loads((folder / "digest.json").read_text()), continued_from
 
 

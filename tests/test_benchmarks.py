@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,18 +87,22 @@ def test_a_process_is_killed_with_those_that_it_has_started() -> None:
             os._exit(0)
         time.sleep(20)
 
-    assert not kills.in_new_process(start_another, seconds=1)
+    assert kills.exit_code_of(start_another, seconds=1) == -signal.SIGKILL
     os.close(writing)
     with open(reading, "rb") as pipe:
         assert pipe.read() == b""  # until nobody has the other end any more
 
 
-def test_a_process_that_fails_has_not_been_killed(capfd: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
+def test_a_training_that_fails_has_not_been_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    with pytest.raises(RuntimeError, match=r"^the process was to end or to be killed, got the exit code 1$"):
-        kills.in_new_process(fail, seconds=600)
+    monkeypatch.setattr(kills, "train", fail)
+    scenario = kills.Scenario("CartPole-v1", 1, "dummy", 800, 100)
+    with pytest.raises(RuntimeError, match=r"^CartPole-v1 n_envs=1 dummy was to end or to be killed, got the exit code 1$"):
+        kills.killed_until_done(scenario, tmp_path / "killed", 1e6, 1, kills.random.Random(0))
     assert "no space left on device" in capfd.readouterr().err
 
 
