@@ -29,11 +29,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from torch.nn import functional
 
-from sb3_lecture_dqn import LectureDQN, threads
+from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs import GymVectorVecEnv
-from sb3_lecture_dqn.fast_acting import FastActing
-from sb3_lecture_dqn.fast_head import backward, forward, forward_for_backward
-from sb3_lecture_dqn.second_thread import SecondThread
+from sb3_lecture_dqn.fast import threads
+from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.head import backward, forward, forward_for_backward
+from sb3_lecture_dqn.fast.second_thread import SecondThread
 
 SETTINGS = {"learning_starts": 0, "buffer_size": 50_000, "batch_size": 128, "gradient_steps": 4, "train_freq": 4, "seed": 0}
 

@@ -19,7 +19,7 @@ import torch as th
 from results import ROWS, Run, make_manager
 
 from sb3_lecture_dqn import ResumableCheckpointCallback
-from sb3_lecture_dqn.episode_recorder import EpisodeRecorder
+from sb3_lecture_dqn.resume.episode_recorder import EpisodeRecorder
 
 ROW = "LunarLander-v2"
 

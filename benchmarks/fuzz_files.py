@@ -23,7 +23,7 @@ from typing import Any
 import torch as th
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, load_safetensors, save_safetensors
-from sb3_lecture_dqn.checkpoint_files import Checkpoint, UnreadableCheckpointError, newest_checkpoint, read_checkpoint
+from sb3_lecture_dqn.resume.checkpoint_files import Checkpoint, UnreadableCheckpointError, newest_checkpoint, read_checkpoint
 
 SECONDS_TO_HANG = 20
 

@@ -35,7 +35,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
-from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported need not be imported again
 ATARI_GAME = "PongNoFrameskip-v4"

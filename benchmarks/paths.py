@@ -22,7 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast_acting import FastActing
+from sb3_lecture_dqn.fast.acting import FastActing
 
 SETTINGS = {"learning_rate": 1e-3, "batch_size": 64, "learning_starts": 500, "train_freq": 4, "gradient_steps": 4}
 

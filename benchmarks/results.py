@@ -58,7 +58,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN
 from sb3_lecture_dqn.envs.robo_parking_drivers import find_optimal_drive
-from sb3_lecture_dqn.files import replace_when_written
+from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
 from sb3_lecture_dqn.zoo import CHECKPOINTS, HYPERPARAMS_FILE, register
 

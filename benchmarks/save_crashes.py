@@ -20,7 +20,7 @@ from checkpoint_overhead import Timed
 from kills import PROCESSES, warm_up
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
-from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
 
 SAVE_FREQ = 40
 

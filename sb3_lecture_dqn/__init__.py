@@ -6,11 +6,11 @@ The Deep Q Network of a Cambridge lecture, as an algorithm of Stable-Baselines3.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
 from sb3_lecture_dqn.divergence import DivergenceError
 from sb3_lecture_dqn.envs import register_envs
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
+from sb3_lecture_dqn.resume.checkpoints import ResumableCheckpointCallback
 from sb3_lecture_dqn.safetensors_files import load_safetensors, save_safetensors
 
 __all__ = [

@@ -44,18 +44,18 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule, get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_lecture_dqn.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
-from sb3_lecture_dqn.fast_acting import FastActing
-from sb3_lecture_dqn.fast_head import is_own_method
-from sb3_lecture_dqn.fast_update import FastUpdate, rows_of
-from sb3_lecture_dqn.files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
+from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.head import is_own_method
+from sb3_lecture_dqn.fast.threads import threads_for
+from sb3_lecture_dqn.fast.update import FastUpdate, rows_of
 from sb3_lecture_dqn.metrics import RunningMeans
+from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer
+from sb3_lecture_dqn.resume.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
-from sb3_lecture_dqn.threads import threads_for
 from sb3_lecture_dqn.validation import (
     NUMERIC_ARGUMENTS,
     as_plain_number,

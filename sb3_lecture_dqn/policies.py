@@ -24,7 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_lecture_dqn.flat_adam import unflatten
+from sb3_lecture_dqn.fast.adam import unflatten
 from sb3_lecture_dqn.validation import check_activation, check_at_least, check_net_arch, in_one_line
 
 #: L6: "2 layer MLP with hidden size of 256 is sufficient for standard benchmarks".

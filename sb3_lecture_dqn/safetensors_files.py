@@ -24,8 +24,8 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
+from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MultiInputPolicy
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, as_plain_number, in_one_line
 

@@ -29,11 +29,11 @@ from typing import Any
 import gymnasium
 import optuna
 
-from sb3_lecture_dqn.checkpoint_files import has_checkpoints
-from sb3_lecture_dqn.checkpoints import ResumableCheckpointCallback
-from sb3_lecture_dqn.files import replace_when_written
 from sb3_lecture_dqn.lecture_dqn import LectureDQN
-from sb3_lecture_dqn.run_settings import NOT_GIVEN, check_same_run, in_few_words
+from sb3_lecture_dqn.model_files import replace_when_written
+from sb3_lecture_dqn.resume.checkpoint_files import has_checkpoints
+from sb3_lecture_dqn.resume.checkpoints import ResumableCheckpointCallback
+from sb3_lecture_dqn.resume.run_settings import NOT_GIVEN, check_same_run, in_few_words
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage

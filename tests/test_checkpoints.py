@@ -18,8 +18,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, checkpoint_files
-from sb3_lecture_dqn.checkpoint_files import (
+from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
+from sb3_lecture_dqn.resume import checkpoint_files
+from sb3_lecture_dqn.resume.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
     UnreadableCheckpointError,
@@ -29,8 +30,8 @@ from sb3_lecture_dqn.checkpoint_files import (
     write_checkpoint,
     write_shared_file,
 )
-from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles
-from sb3_lecture_dqn.run_settings import in_few_words
+from sb3_lecture_dqn.resume.replay_buffer_rows import ReplayBufferFiles
+from sb3_lecture_dqn.resume.run_settings import in_few_words
 
 
 def small_model() -> LectureDQN:

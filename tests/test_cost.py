@@ -9,8 +9,8 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast_update import FastUpdate
-from sb3_lecture_dqn.threads import SMALL_WORK, threads_for
+from sb3_lecture_dqn.fast.threads import SMALL_WORK, threads_for
+from sb3_lecture_dqn.fast.update import FastUpdate
 
 
 class CountOperations(TorchDispatchMode):

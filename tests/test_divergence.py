@@ -15,8 +15,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, divergence
-from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.metrics import RunningMeans
+from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
 
 
 class PoisonedEnv(gymnasium.Env[Any, int]):

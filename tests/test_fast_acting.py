@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast_acting import FastActing
+from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.policies import MlpPolicy
 
 # a final layer that is not small, so that Q values differ between the actions

@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, load_safetensors, save_safetensors
-from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
 
 #: What says why: errors that a user's input is answered with. Anything else is a bug here.

@@ -24,9 +24,9 @@ from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.callbacks import OverestimationCallback
-from sb3_lecture_dqn.checkpoint_files import newest_checkpoint
 from sb3_lecture_dqn.envs import GymVectorVecEnv
-from sb3_lecture_dqn.training_state import TrainingState
+from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.resume.training_state import TrainingState
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
 

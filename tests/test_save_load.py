@@ -18,7 +18,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.files import replace_when_written
+from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.policies import MlpPolicy
 
 OBSERVATIONS = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -119,7 +119,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained: LectureDQN,
 
 KILLED_SAVE = """
 import os, pathlib, signal, sys
-from sb3_lecture_dqn.files import replace_when_written
+from sb3_lecture_dqn.model_files import replace_when_written
 with replace_when_written(pathlib.Path(sys.argv[1])) as unfinished:
     unfinished.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

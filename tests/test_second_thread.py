@@ -12,9 +12,9 @@ import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
-from sb3_lecture_dqn.second_thread import SecondThread, Task
 
 
 def this_thread() -> str:
@@ -95,7 +95,7 @@ def test_a_sequence_is_begun_one_ahead(used: SecondThread) -> None:
 
 NAMES_OF_THREADS = """
 import os, threading
-from sb3_lecture_dqn.second_thread import SecondThread
+from sb3_lecture_dqn.fast.second_thread import SecondThread
 
 used = SecondThread()
 used._is_used = True

@@ -24,10 +24,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.checkpoints import SETTINGS
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
-from sb3_lecture_dqn.replay_buffer_files import stores_rows_as_sb3
-from sb3_lecture_dqn.training_state import ALGORITHM_STATE, LOGGER_STATE, NOT_A_CALLBACKS_OWN
+from sb3_lecture_dqn.resume.checkpoints import SETTINGS
+from sb3_lecture_dqn.resume.replay_buffer_rows import stores_rows_as_sb3
+from sb3_lecture_dqn.resume.training_state import ALGORITHM_STATE, LOGGER_STATE, NOT_A_CALLBACKS_OWN
 from sb3_lecture_dqn.tuning import storage
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -84,16 +84,20 @@ def test_policies_have_the_hooks_that_ours_fill_in() -> None:
 PRIVATE_NAMES: list[tuple[Callable[[], Any], str, list[str]]] = [
     (lambda: BasePolicy, "policies.py", ["_dummy_schedule", "_update_features_extractor", "_get_constructor_parameters"]),
     (lambda: buffers.ReplayBuffer, "replay_buffer.py", ["_get_samples", "_normalize_obs", "_normalize_reward"]),
-    (lambda: buffers.NStepReplayBuffer(9, VECTOR, ACTIONS), "replay_buffer_files.py", ["pos", "full", "dones", "timeouts"]),
+    (
+        lambda: buffers.NStepReplayBuffer(9, VECTOR, ACTIONS),
+        "resume/replay_buffer_rows.py",
+        ["pos", "full", "dones", "timeouts"],
+    ),
     (lambda: LectureDQN("MlpPolicy", "CartPole-v1").env, "gym_vector_vec_env.py", ["_options", "_seeds", "_get_indices"]),
     (lambda: VecEnv, "gym_vector_vec_env.py", ["_reset_seeds", "_reset_options"]),
-    (lambda: gymnasium.wrappers.OrderEnforcing(CartPoleEnv()), "episode_recorder.py", ["_has_reset"]),
-    (lambda: th.nn.Linear(1, 1), "fast_head.py", ["_modules", "_parameters", *(f"_{hooks}" for hooks in HOOKS)]),
-    (lambda: th.nn.modules.module, "fast_head.py", [f"_global_{hooks}" for hooks in HOOKS]),
-    (lambda: th.nn.Parameter(th.zeros(1)), "fast_head.py", ["_backward_hooks", "_post_accumulate_grad_hooks"]),
-    (lambda: th.optim.Adam([th.zeros(1)]), "flat_adam.py", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]),
-    (lambda: torch_optimizer, "flat_adam.py", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"]),
-    (lambda: th, "flat_adam.py", ["_fused_adam_"]),
+    (lambda: gymnasium.wrappers.OrderEnforcing(CartPoleEnv()), "resume/episode_recorder.py", ["_has_reset"]),
+    (lambda: th.nn.Linear(1, 1), "fast/head.py", ["_modules", "_parameters", *(f"_{hooks}" for hooks in HOOKS)]),
+    (lambda: th.nn.modules.module, "fast/head.py", [f"_global_{hooks}" for hooks in HOOKS]),
+    (lambda: th.nn.Parameter(th.zeros(1)), "fast/head.py", ["_backward_hooks", "_post_accumulate_grad_hooks"]),
+    (lambda: th.optim.Adam([th.zeros(1)]), "fast/adam.py", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]),
+    (lambda: torch_optimizer, "fast/adam.py", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"]),
+    (lambda: th, "fast/adam.py", ["_fused_adam_"]),
 ]
 
 
@@ -105,7 +109,7 @@ def test_private_names_of_other_libraries_are_there(make: Callable[[], Any], mod
 
 
 def test_callbacks_find_sb3s_local_variables_under_the_names_that_ours_read() -> None:
-    assert "callback" in OffPolicyAlgorithm.learn.__code__.co_varnames, "callbacks.py and checkpoints.py must follow"
+    assert "callback" in OffPolicyAlgorithm.learn.__code__.co_varnames, "callbacks.py and resume/checkpoints.py must follow"
     needed = {"info", "i", "observations", "actions", "reward", "done"}
     assert needed <= set(evaluate_policy.__code__.co_varnames), "OverestimationCallback in callbacks.py must follow"
 
@@ -144,7 +148,7 @@ def test_a_running_trial_can_be_put_back_into_optunas_queue(tmp_path: Path, kind
 
 # What checkpoints rely on. A run that is continued is exact only if they know every attribute that training changes.
 
-CHECKPOINT_ADVICE = "checkpoints must follow: see sb3_lecture_dqn/training_state.py and replay_buffer_files.py"
+CHECKPOINT_ADVICE = "checkpoints must follow: see sb3_lecture_dqn/resume/training_state.py and resume/replay_buffer_rows.py"
 #: Attributes of a model that are neither saved nor compared: made again by the constructor, or saved in another way.
 MADE_AGAIN = {
     "action_noise",

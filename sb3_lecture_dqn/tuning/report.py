@@ -14,7 +14,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from sb3_lecture_dqn import zoo
-from sb3_lecture_dqn.files import replace_when_written
+from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params
 from sb3_lecture_dqn.tuning.storage import TuningError
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch as th
 from torch import nn
 
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
 from sb3_lecture_dqn.policies import QNetwork
-from sb3_lecture_dqn.second_thread import SecondThread, Task
 
 #: Methods of a network and its layers that the fast path does the work of, or goes around.
 CALLED_METHODS = frozenset({"forward", "extract_features", "predict", "_predict", "obs_to_tensor"})

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_lecture_dqn.fast_head import (
+from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
     HiddenLayer,
@@ -24,8 +24,8 @@ from sb3_lecture_dqn.fast_head import (
     read_head,
     replaces_methods,
 )
+from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
-from sb3_lecture_dqn.threads import threads_for
 
 
 class NumpyLayer(NamedTuple):

@@ -8,7 +8,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_lecture_dqn.envs.gym_vector_vec_env import GymVectorVecEnv
-from sb3_lecture_dqn.episode_recorder import (
+from sb3_lecture_dqn.resume.episode_recorder import (
     EnvDescription,
     EnvState,
     EpisodeRecorder,
@@ -20,7 +20,7 @@ from sb3_lecture_dqn.episode_recorder import (
     read_log,
     write_log,
 )
-from sb3_lecture_dqn.live_objects import LiveObjects
+from sb3_lecture_dqn.resume.live_objects import LiveObjects
 
 #: Attributes that belong to the process and not to the run.
 _NOT_STATE = frozenset(

@@ -19,7 +19,8 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
-from sb3_lecture_dqn.fast_head import (
+from sb3_lecture_dqn.fast.adam import FlatAdam, flatten, has_one_step_count, is_plain_adam, views
+from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
     backward,
@@ -31,9 +32,8 @@ from sb3_lecture_dqn.fast_head import (
     read_head,
     replaces_methods,
 )
-from sb3_lecture_dqn.flat_adam import FlatAdam, flatten, has_one_step_count, is_plain_adam, views
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
-from sb3_lecture_dqn.second_thread import SecondThread, Task
 
 #: What computes the same in training mode and in evaluation mode.
 MODELESS_MODULES = (

@@ -21,7 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_lecture_dqn.checkpoint_files import (
+from sb3_lecture_dqn.resume.checkpoint_files import (
     Checkpoint,
     Writer,
     delete_all_but_last,
@@ -29,9 +29,9 @@ from sb3_lecture_dqn.checkpoint_files import (
     newest_checkpoint,
     write_checkpoint,
 )
-from sb3_lecture_dqn.replay_buffer_files import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
-from sb3_lecture_dqn.run_settings import check_same_run, in_words
-from sb3_lecture_dqn.training_state import (
+from sb3_lecture_dqn.resume.replay_buffer_rows import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
+from sb3_lecture_dqn.resume.run_settings import check_same_run, in_words
+from sb3_lecture_dqn.resume.training_state import (
     PARAMETERS_FILE,
     STATE_FILE,
     TrainingState,
@@ -39,8 +39,8 @@ from sb3_lecture_dqn.training_state import (
     restore_parameters,
     take_parameters,
 )
+from sb3_lecture_dqn.resume.vec_env_state import insert_recorders
 from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
-from sb3_lecture_dqn.vec_env_state import insert_recorders
 
 if TYPE_CHECKING:  # it imports this module
     from sb3_lecture_dqn.lecture_dqn import LectureDQN

@@ -14,7 +14,7 @@ import numpy as np
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 
-from sb3_lecture_dqn.checkpoint_files import Checkpoint, FileRecord, write_shared_file
+from sb3_lecture_dqn.resume.checkpoint_files import Checkpoint, FileRecord, write_shared_file
 
 #: Arrays of which adding a transition writes the row at ``pos``, and nothing else.
 ROW_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts", "ep_start", "infos")

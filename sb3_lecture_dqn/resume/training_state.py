@@ -20,10 +20,10 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_lecture_dqn.episode_recorder import rewrite
-from sb3_lecture_dqn.live_objects import LiveObjects
-from sb3_lecture_dqn.random_state import random_state, restore_random_state
-from sb3_lecture_dqn.vec_env_state import (
+from sb3_lecture_dqn.resume.episode_recorder import rewrite
+from sb3_lecture_dqn.resume.live_objects import LiveObjects
+from sb3_lecture_dqn.resume.random_state import random_state, restore_random_state
+from sb3_lecture_dqn.resume.vec_env_state import (
     describe_vec_env,
     insert_recorders,
     restore_vec_env_state,

@@ -15,9 +15,9 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from sb3_lecture_dqn.live_objects import LiveObjects
-from sb3_lecture_dqn.random_state import random_state, restore_random_state
-from sb3_lecture_dqn.run_settings import in_few_words
+from sb3_lecture_dqn.resume.live_objects import LiveObjects
+from sb3_lecture_dqn.resume.random_state import random_state, restore_random_state
+from sb3_lecture_dqn.resume.run_settings import in_few_words
 
 #: Attributes of an environment that belong to the process and not to the episode.
 _NOT_STATE = frozenset({"env", "results_writer"})
