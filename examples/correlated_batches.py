@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
-from _plots import BLUE, RED, plot_band, save_picture
+from _plots import BLUE, RED, parse_folder, plot_band, save_picture
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -69,6 +69,7 @@ def train(replay_buffer_class: type[ReplayBuffer], seed: int) -> list[float]:
 
 def main() -> None:
     """Train both for several seeds, print what π returns, draw."""
+    folder = parse_folder(__doc__)
     figure, axes = plt.subplots(figsize=(6.5, 4))
     steps = range(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY)
     for name, replay_buffer_class, color in (
@@ -86,7 +87,7 @@ def main() -> None:
     axes.set(xlabel="environment steps", ylabel="return of π, mean of 3 episodes", ylim=(0, 510))
     axes.set_title(f"CartPole, {BATCH_SIZE} transitions in a batch (median and range of {len(SEEDS)} seeds)")
     axes.legend(loc="upper left")
-    save_picture(figure, "correlated_batches")
+    save_picture(figure, folder / "correlated_batches.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, GREY, RED, plot_band, save_picture
+from _plots import BLUE, GREY, RED, parse_folder, plot_band, save_picture
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -91,6 +91,7 @@ def train(algorithm: type[LectureDQN], seed: int) -> np.ndarray:
 
 def main() -> None:
     """Train both for several seeds, print how far they end from the truth, draw."""
+    folder = parse_folder(__doc__)
     figure, (over_time, at_the_end) = plt.subplots(1, 2, figsize=(10, 4))
     steps = range(MEASURE_EVERY, STEPS + 1, MEASURE_EVERY)
     states = np.arange(LENGTH)
@@ -110,7 +111,7 @@ def main() -> None:
     over_time.legend()
     at_the_end.legend()
     figure.suptitle(f"A corridor of ten states, r = 1 a step, γ = {GAMMA} (median and range of {len(SEEDS)} seeds)")
-    save_picture(figure, "done_mask")
+    save_picture(figure, folder / "done_mask.png")
 
 
 if __name__ == "__main__":

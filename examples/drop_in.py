@@ -12,7 +12,7 @@ from pathlib import Path
 import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
-from _plots import BLUE, GREY, save_picture
+from _plots import BLUE, GREY, parse_folder, save_picture
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -20,6 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_lecture_dqn import LectureDQN as DQN  # noqa: N814
 
 STEPS = 50_000
+images = parse_folder(__doc__)
 
 env = Monitor(gymnasium.make("CartPole-v1"))
 model = DQN("MlpPolicy", env, verbose=0, seed=0)
@@ -43,4 +44,4 @@ window = np.ones(10) / 10
 axes.plot(steps[9:], np.convolve(returns, window, mode="valid"), color=BLUE, label="mean of ten")
 axes.set(xlabel="environment steps", ylabel="return of π_E while training", title="CartPole, LectureDQN's defaults, seed 0")
 axes.legend()
-save_picture(figure, "drop_in")
+save_picture(figure, images / "drop_in.png")

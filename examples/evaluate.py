@@ -5,12 +5,11 @@ Play greedy episodes of the latest trained model, in the environment that it was
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import yaml
-from huggingface_sb3 import EnvironmentName
-from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
+from _arguments import find_training, integer_at_least
+from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_lecture_dqn import LectureDQN
@@ -20,16 +19,14 @@ def main() -> None:
     """Load, play, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="LunarLander-v2", help="environment id")
-    parser.add_argument("--episodes", type=int, default=20, help="number of episodes")
+    parser.add_argument("--episodes", type=integer_at_least(1), default=20, help="number of episodes")
     parser.add_argument("--folder", default="logs", help="the zoo's log folder")
-    parser.add_argument("--seed", type=int, default=1_000_000, help="seed of the first episode")
+    parser.add_argument("--seed", type=integer_at_least(0), default=1_000_000, help="seed of the first episode")
     arguments = parser.parse_args()
 
-    env_name = EnvironmentName(arguments.env)
-    _, model_path, run_folder = get_model_path(0, arguments.folder, "lecture_dqn", env_name)
+    model_path, settings = find_training(parser, arguments.env, arguments.folder)
     model = LectureDQN.load(model_path)
     # as the zoo's enjoy makes it: with its arguments, wrappers and normalisation
-    settings = Path(run_folder, env_name)
     hyperparams, stats_path = get_saved_hyperparams(str(settings), test_mode=True)
     env_kwargs = yaml.unsafe_load((settings / "args.yml").read_text())["env_kwargs"]
     env = create_test_env(

@@ -6,14 +6,15 @@ L14: what Q grows to with and without the target network ψ, and with and withou
     python examples/exploding_q.py
 
 CartPole gives r = 1 a step, so no Q value can be above 1 / (1 - γ) = 100. Without ψ means ψ = θ at every gradient step; with
-ψ, it is set 26 times, so that Q can come to 24 at most by honest means. The dots are what π really collects at the end.
+ψ, it is set 26 times, so that Q can come to 24 at most by honest means. The dots are what π really collects at the end, for
+each seed.
 """
 
 import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, GREEN, GREY, ORANGE, RED, plot_band, save_picture
+from _plots import BLUE, GREEN, GREY, ORANGE, RED, parse_folder, plot_band, save_picture
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_lecture_dqn import LectureDQN
@@ -89,12 +90,15 @@ def discounted_return(model: LectureDQN, n_episodes: int = 5) -> float:
 
 def main() -> None:
     """Train every variant for several seeds, print what its Q grew to, draw."""
+    folder = parse_folder(__doc__)
     figure, axes = plt.subplots(figsize=(7, 4.2))
     steps = np.arange(LEARNING_STARTS, STEPS + 1, MEASURE_EVERY)
-    for name, (has_target, has_layer_norm, color) in VARIANTS.items():
+    for position, (name, (has_target, has_layer_norm, color)) in enumerate(VARIANTS.items()):
         curves, returns = zip(*(train(has_target, has_layer_norm, seed) for seed in SEEDS), strict=True)
-        plot_band(axes, steps, curves, name, color)
-        axes.plot([STEPS + 25] * len(SEEDS), returns, ".", color=color, clip_on=False)
+        line = plot_band(axes, steps, curves, name, color)
+        if has_target and has_layer_norm:
+            line.set(linestyle="--", zorder=3)  # else the line without LayerNorm would hide it
+        axes.plot([STEPS + 30 * (position + 1)] * len(SEEDS), returns, ".", color=color)
         peaks = [max(curve) for curve in curves]
         n_exploded = sum(peak > LARGEST_RETURN for peak in peaks)
         print(
@@ -102,13 +106,13 @@ def main() -> None:
             f"{n_exploded} of {len(SEEDS)} runs above 100; at the end π collects {', '.join(f'{r:.3g}' for r in returns)}.",
             flush=True,
         )
-    axes.axhline(LARGEST_RETURN, color=GREY, linestyle="--", label="largest possible return, 1 / (1 - γ) = 100")
-    axes.set(
-        yscale="log", ylim=(1, None), xlabel="environment steps = gradient steps", ylabel="largest Q of the newest 500 states"
-    )
+    axes.plot([], [], ".", color=GREY, label="discounted return of π at the end")
+    axes.axhline(LARGEST_RETURN, color=GREY, linestyle=":", label="largest possible return, 1 / (1 - γ) = 100")
+    axes.set(xlabel="environment steps = gradient steps", xticks=range(250, STEPS + 1, 250))
+    axes.set(ylabel="largest Q of the newest 500 states", yscale="log", ylim=(1, None))
     axes.set_title(f"CartPole, learning rate {LEARNING_RATE:g} (median and range of {len(SEEDS)} seeds)")
     axes.legend()
-    save_picture(figure, "exploding_q")
+    save_picture(figure, folder / "exploding_q.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
-from _plots import BLUE, ORANGE, save_picture
+from _plots import BLUE, ORANGE, parse_folder, save_picture
 from gymnasium import spaces
 
 from sb3_lecture_dqn import LectureDQN
@@ -77,6 +77,7 @@ def explore(has_small_rewards: bool, final_epsilon: float, seed: int) -> Chain:
 
 def main() -> None:
     """Explore both chains by both policies, print when the goal was found, draw where they went."""
+    folder = parse_folder(__doc__)
     figure, panels = plt.subplots(2, 2, figsize=(10, 6), sharex="col")
     for row, (task, has_small_rewards) in enumerate(
         (("a reward at the goal alone", False), ("small rewards on the way", True))
@@ -92,19 +93,21 @@ def main() -> None:
             first.plot(times, np.full(len(times), position), "o", color=color, alpha=0.6)
             first.plot(np.median(times), position, "|", color=color, markersize=30, markeredgewidth=3)
             n_states = [len(set(chain.visits)) for chain in chains]
+            far = shares[:, LENGTH // 2 :].sum(axis=1).mean()
             print(
                 f"{task}, {name}: {found} of {len(SEEDS)} runs found the goal, first after {np.median(times):.0f} steps "
-                f"(median; {STEPS} where not); {np.mean(n_states):.1f} of {LENGTH} states were visited.",
+                f"(median; {STEPS} where not); {np.mean(n_states):.1f} of {LENGTH} states were visited; {far:.0%} of the "
+                "steps ended in the right half.",
                 flush=True,
             )
         visited.set(yscale="log", ylabel="share of the steps", title=f"Where the steps went: {task}")
-        first.set_title("Steps to the first goal (dots: seeds, bar: median)")
+        first.set_title(f"Steps to the first goal: {task}")
         first.set(yticks=range(2), yticklabels=["uniform", "ε-greedy"], ylim=(-0.6, 1.6), xlim=(0, STEPS * 1.03))
     panels[0, 0].legend()
     panels[1, 0].set(xlabel="state", xticks=range(0, LENGTH, 5))
     panels[1, 1].set_xlabel(f"environment steps ({STEPS}: never)")
-    figure.suptitle(f"A chain of {LENGTH} states (left: mean and range of {len(SEEDS)} seeds)")
-    save_picture(figure, "exploration")
+    figure.suptitle(f"A chain of {LENGTH} states, {len(SEEDS)} seeds (left: mean and range; right: each seed, and the median)")
+    save_picture(figure, folder / "exploration.png")
 
 
 if __name__ == "__main__":

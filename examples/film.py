@@ -13,9 +13,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import yaml
-from huggingface_sb3 import EnvironmentName
+from _arguments import find_training, gif_file, integer_at_least
 from PIL import Image
-from rl_zoo3.utils import get_model_path, get_saved_hyperparams, get_wrapper_class
+from rl_zoo3.utils import get_saved_hyperparams, get_wrapper_class
 
 from sb3_lecture_dqn import LectureDQN
 
@@ -28,7 +28,6 @@ def write_gif(frames: list[np.ndarray], file: Path, width: int, frames_per_secon
     images = [Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS) for frame in frames]
     palette = images[len(images) // 2].quantize(n_colours, method=Image.Quantize.MAXCOVERAGE)
     first, *others = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    file.parent.mkdir(parents=True, exist_ok=True)
     first.save(file, save_all=True, append_images=others, duration=1000 // frames_per_second, loop=0, optimize=False)
     print(f"wrote {file}, {len(frames)} frames, {file.stat().st_size / 1e6:.2f} MB")
 
@@ -62,16 +61,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="LunarLander-v2", help="environment id")
     parser.add_argument("--folder", default="logs", help="the zoo's log folder")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seed of each episode")
-    parser.add_argument("--gif", type=Path, default=Path("film.gif"), help="where to write the GIF")
-    parser.add_argument("--width", type=int, default=360, help="width in pixels")
-    parser.add_argument("--every", type=int, default=3, help="keep each so many-th frame")
+    parser.add_argument("--seeds", nargs="+", type=integer_at_least(0), default=[0], help="seed of each episode")
+    parser.add_argument("--gif", type=gif_file, default=Path("film.gif"), help="where to write the GIF")
+    parser.add_argument("--width", type=integer_at_least(1), default=360, help="width in pixels")
+    parser.add_argument("--every", type=integer_at_least(1), default=3, help="keep each so many-th frame")
     arguments = parser.parse_args()
 
-    env_name = EnvironmentName(arguments.env)
-    _, model_path, run_folder = get_model_path(0, arguments.folder, "lecture_dqn", env_name)
+    model_path, settings = find_training(parser, arguments.env, arguments.folder)
     model = LectureDQN.load(model_path, device="cpu")
-    env = make_env(arguments.env, Path(run_folder, env_name))
+    env = make_env(arguments.env, settings)
     frames: list[np.ndarray] = []
     for seed in arguments.seeds:
         observation, _ = env.reset(seed=seed)

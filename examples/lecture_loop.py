@@ -1,5 +1,7 @@
 """
-L15: the lecture's train loop, line for line and in its names, on top of this package's pieces. It solves CartPole.
+L15: the lecture's train loop in its names, on this package's pieces, until π first returns 475 or more on average over ten
+episodes, or the updates are over. It is the slides' line for line, with a gradient step for each transition and an evaluation
+every fifth update. Their last loop never sets psi = theta again, though a slide before says to; the line is added.
 
 ::
 
@@ -13,7 +15,7 @@ import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, ORANGE, save_picture
+from _plots import BLUE, ORANGE, parse_folder, save_picture
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -128,20 +130,19 @@ def run(seed: int) -> list[float]:
 
 def main() -> None:
     """Run the loop for every seed, print whether it solved the task, draw."""
+    folder = parse_folder(__doc__)
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for seed, color in SEEDS.items():
         returns = run(seed)
         updates = EVALUATION_INTERVAL * np.arange(1, len(returns) + 1)
         verdict = "solved" if returns[-1] >= SOLVED else "not solved"
-        print(
-            f"Seed {seed}: {verdict} after {updates[-1]} updates; π returns {returns[-1]:.0f} over ten episodes.", flush=True
-        )
+        print(f"Seed {seed}: {verdict} after {updates[-1]} updates; π then returns {returns[-1]:.0f}.", flush=True)
         axes.plot(updates, returns, marker=".", color=color, label=f"seed {seed}")
     axes.axhline(SOLVED, color="black", linestyle="--", linewidth=1, label="solved")
     axes.set(xlabel="update (an episode, a gradient step for each transition)", ylabel="return of π, mean of ten episodes")
     axes.set_title("The lecture's loop on CartPole")
     axes.legend()
-    save_picture(figure, "lecture_loop")
+    save_picture(figure, folder / "lecture_loop.png")
 
 
 if __name__ == "__main__":

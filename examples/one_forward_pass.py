@@ -12,7 +12,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, GREEN, ORANGE, plot_band, save_picture
+from _plots import BLUE, GREEN, ORANGE, parse_folder, plot_band, save_picture
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
@@ -20,7 +20,7 @@ from sb3_lecture_dqn import QNetwork
 
 STATE_SIZE = 8
 N_ACTIONS = (1, 2, 5, 10, 20, 50, 100)
-REPEATS = 20
+REPEATS = 100
 
 
 def make_network(input_size: int, n_actions: int) -> QNetwork:
@@ -29,37 +29,42 @@ def make_network(input_size: int, n_actions: int) -> QNetwork:
     return QNetwork(inputs, spaces.Discrete(n_actions), FlattenExtractor(inputs), input_size)
 
 
-def milliseconds(choose_action: Callable[[], th.Tensor]) -> list[float]:
-    """How long each of several calls takes, after one that does not count."""
+def milliseconds(choose_action: Callable[[], th.Tensor]) -> float:
+    """The CPU time of a call: what other processes take in between does not count."""
+    start = time.thread_time()
     choose_action()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        choose_action()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
+    return 1000 * (time.thread_time() - start)
 
 
-def measure(n_actions: int) -> tuple[list[float], list[float], list[float]]:
-    """The time for argmax_a Q(s, a): by one pass, by |A| passes, and by one pass over a batch of |A| pairs (s, a)."""
+def measure(n_actions: int) -> np.ndarray:
+    """
+    The times for argmax_a Q(s, a): by one pass, by |A| passes, and by one pass over a batch of |A| pairs (s, a).
+
+    :param n_actions: |A|
+    :return: Milliseconds, shape (3, REPEATS)
+    """
     state = th.randn(1, STATE_SIZE)
     all_actions = th.eye(n_actions)
     pairs = th.cat([state.expand(n_actions, -1), all_actions], dim=1)  # (s, a), with a as a one-hot vector
     of_state = make_network(STATE_SIZE, n_actions)
     of_pair = make_network(STATE_SIZE + n_actions, 1)
+    ways = (
+        lambda: of_state(state).argmax(),
+        lambda: th.stack([of_pair(pair[None]) for pair in pairs]).argmax(),
+        lambda: of_pair(pairs).argmax(),
+    )
     with th.no_grad():
-        return (
-            milliseconds(lambda: of_state(state).argmax()),
-            milliseconds(lambda: th.stack([of_pair(pair[None]) for pair in pairs]).argmax()),
-            milliseconds(lambda: of_pair(pairs).argmax()),
-        )
+        # In turn, so that a machine that becomes slower does so for all three; the first round does not count.
+        rounds = [[milliseconds(way) for way in ways] for _ in range(REPEATS + 1)]
+    return np.array(rounds[1:]).T
 
 
 def main() -> None:
     """Measure, print, draw."""
+    folder = parse_folder(__doc__)
     th.manual_seed(0)
-    one_pass, many_passes, batch = zip(*(measure(n) for n in N_ACTIONS), strict=True)
-    medians = [float(np.median(times[-1])) for times in (one_pass, many_passes, batch)]
+    one_pass, many_passes, batch = np.array([measure(n) for n in N_ACTIONS]).swapaxes(0, 1)
+    medians = [np.median(times[-1]) for times in (one_pass, many_passes, batch)]
     print(
         f"|A| = {N_ACTIONS[-1]}: one forward pass takes {medians[0]:.2f} ms; |A| passes take {medians[1]:.1f} ms, "
         f"{medians[1] / medians[0]:.0f} times as long; the |A| pairs in one batch take {medians[2]:.2f} ms, "
@@ -72,13 +77,13 @@ def main() -> None:
         (batch, "Q : S × A → R, one pass over a batch of |A| pairs", GREEN),
         (one_pass, "Q : S → R^|A|, one pass (the lecture's)", BLUE),
     ):
-        # The middle half of the repeats: now and then another process gets in the way.
-        quartiles = np.percentile(np.array(times).T, [25, 50, 75], axis=0)
+        # The middle half of the repeats: now and then another process empties the caches.
+        quartiles = np.percentile(times, [25, 50, 75], axis=1)
         plot_band(axes, N_ACTIONS, quartiles, label, color)
-    axes.set(xscale="log", yscale="log", xlabel="number of actions |A|", ylabel="ms for one argmax Q(s, a)")
-    axes.set_title(f"The time to choose an action (median and quartiles of {REPEATS}, one CPU thread)")
+    axes.set(xscale="log", yscale="log", xlabel="number of actions |A|", ylabel="ms of CPU time for one argmax Q(s, a)")
+    axes.set_title(f"The time to choose an action (median and quartiles of {REPEATS}, one thread)")
     axes.legend()
-    save_picture(figure, "one_forward_pass")
+    save_picture(figure, folder / "one_forward_pass.png")
 
 
 if __name__ == "__main__":

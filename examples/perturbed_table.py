@@ -9,7 +9,7 @@ L14: raise one entry of a table and of a network that holds the same table; in t
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import save_picture
+from _plots import parse_folder, save_picture
 from gymnasium import spaces
 from matplotlib.axes import Axes
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -74,6 +74,7 @@ def draw_table(axes: Axes, title: str, values: np.ndarray, spread: np.ndarray | 
 
 def main() -> None:
     """Raise the entry for several seeds, print what else moved, draw the tables."""
+    folder = parse_folder(__doc__)
     figure, panels = plt.subplots(1, 4, figsize=(11, 3.1))
     raised = TABLE.copy()
     raised[0, 0] = RAISED_TO
@@ -92,7 +93,7 @@ def main() -> None:
             f"(means over {len(SEEDS)} seeds); in the table they moved by 0."
         )
     figure.suptitle(f"Raising one entry by 4 (networks: mean ± std over {len(SEEDS)} seeds; red rose, blue fell)")
-    save_picture(figure, "perturbed_table")
+    save_picture(figure, folder / "perturbed_table.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-L8: a final layer with weights ~ N(0, 1e-3) and bias 0 makes Q start near 0; PyTorch's own initialisation does not.
+L8: a final layer whose weights have a standard deviation of 1e-3, and bias 0, makes Q start near 0; PyTorch's own does not.
 
 ::
 
@@ -13,14 +13,17 @@ import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from _plots import BLUE, GREY, RED, plot_band, save_picture
+from _plots import BLUE, GREY, RED, parse_folder, plot_band, save_picture
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_lecture_dqn import LectureDQN
 
 SEEDS = range(5)
 STEPS, MEASURE_EVERY, GAMMA = 3_000, 50, 0.99
-VARIANTS = {"final layer ~ N(0, 1e-3), bias 0 (the lecture's)": (1e-3, BLUE), "PyTorch's own initialisation": (None, RED)}
+VARIANTS = {
+    "standard deviation 1e-3, bias 0 (the lecture's)": (1e-3, BLUE),
+    "PyTorch's own initialisation": (None, RED),
+}
 
 
 def tables() -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +87,7 @@ def train(final_layer_std: float | None, seed: int) -> np.ndarray:
 
 def main() -> None:
     """Train both for several seeds, print and draw how far Q is above what π collects."""
+    folder = parse_folder(__doc__)
     is_played = GOING_ON.sum(axis=(1, 2)) > 0  # neither a hole nor the goal
     steps = np.arange(0, STEPS + 1, MEASURE_EVERY)
     figure, (at_the_start, over_time) = plt.subplots(1, 2, figsize=(10, 4))
@@ -98,15 +102,17 @@ def main() -> None:
             f"{name}: before training max Q is between {claimed[:, 0].min():.2f} and {claimed[:, 0].max():.2f}; "
             f"max Q - V of π, mean over states and seeds, is {overestimation[:, 0].mean():+.2f} at first, "
             f"{overestimation[:, early].mean():+.2f} over the first 1000 steps and "
-            f"{overestimation[:, -1].mean():+.2f} after {STEPS}.",
+            f"{overestimation[:, -1].mean():+.2f} after {STEPS}; single seeds lie between {overestimation.min():+.2f} and "
+            f"{overestimation.max():+.2f}.",
             flush=True,
         )
     at_the_start.set(xlabel="max Q(s, a) before training", ylabel=f"states of {len(SEEDS)} seeds", title="At the start")
     over_time.axhline(0, color=GREY, linestyle="--", linewidth=1, label="what π collects")
     over_time.set(xlabel="environment steps", ylabel="max Q(s, a) - V of π, mean over s", title="During training")
+    over_time.set_ylim(top=1.1)  # room for the legend
     over_time.legend()
     figure.suptitle(f"FrozenLake (median and range of {len(SEEDS)} seeds)")
-    save_picture(figure, "small_final_layer")
+    save_picture(figure, folder / "small_final_layer.png")
 
 
 if __name__ == "__main__":
