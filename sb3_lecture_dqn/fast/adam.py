@@ -116,7 +116,11 @@ class FlatAdam:
             self.parts_of_states.extend(state.values())
 
     def is_current(self) -> bool:
-        """Whether the optimizer's state is still in the flat tensors, and not another one (``set_parameters``)."""
+        """
+        Whether the optimizer's state is still in the flat tensors, and not another one (``set_parameters``).
+
+        :return: Whether it is
+        """
         states = map(self.optimizer.state.get, self.optimizer.param_groups[0]["params"])
         parts = list(chain.from_iterable(map(dict.values, self.states)))
         return (
