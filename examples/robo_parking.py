@@ -68,7 +68,7 @@ def greedy_driver(model: LectureDQN) -> Driver:
 
 
 def optimal_driver(starts: np.ndarray) -> Driver:
-    """Replays the drives that the search finds; a robot that is parked before the others are waits, whatever it does."""
+    """Replays the drives that the search finds; what a robot does after it has parked does not count."""
     actions = np.zeros((MAX_EPISODE_STEPS, len(starts)), dtype=np.int64)
     for i, start in enumerate(starts):
         found = find_optimal_drive(start).actions

@@ -242,7 +242,8 @@ class LectureDQNPolicy(BasePolicy):
         :param deterministic: Without effect: ε-greedy exploration belongs to ``LectureDQN.predict``
         :return: The actions, shape (n_envs,), or () for a single observation; and ``state``
         """
-        self.q_net.set_training_mode(False)  # all layers, one of which may be new or may have been put in another mode
+        if any(module.training for module in self.q_net.modules()):  # one may be new, or have been put in another mode
+            self.q_net.set_training_mode(False)
         return super().predict(observation, state, episode_start, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
@@ -274,7 +275,7 @@ class LectureDQNPolicy(BasePolicy):
         self.training = mode
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickles and copies."""
+        """For pickles and copies; it moves this policy's own parameters, see :func:`~sb3_lecture_dqn.fast.adam.unflatten`."""
         unflatten(list(self.q_net.parameters()), self.optimizer)
         return self.__dict__.copy()
 

@@ -23,7 +23,7 @@ def sample_lecture_dqn_params(
 
     :param trial: The Optuna trial
     :param n_actions: Without effect (rl_zoo3 passes the size of a continuous action)
-    :param n_envs: Without effect (the drawn numbers of steps count those of all environments)
+    :param n_envs: Without effect
     :param additional_args: rl_zoo3's ``using_her_replay_buffer`` and ``her_kwargs``
     :return: Arguments of ``LectureDQN``
     """

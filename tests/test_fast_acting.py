@@ -312,6 +312,25 @@ def test_prediction_is_in_evaluation_mode_whatever_mode_a_layer_was_put_in() -> 
     assert not any(module.training for module in model.q_net.modules())
 
 
+def test_a_rollout_in_which_the_policy_was_copied_goes_on_by_the_current_parameters() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", train_freq=20, learning_starts=0, seed=0, exploration_initial_eps=0.0)
+    model.exploration_final_eps, model.exploration_schedule = 0.0, lambda _: 0.0
+    model.learn(20)
+    actions: list[int] = []
+
+    def copy_and_change(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        actions.append(int(locals_["actions"][0]))
+        if len(actions) in (2, 6):
+            copy.deepcopy(model.policy)
+            with th.no_grad():
+                model.q_net.q_net[-1].bias.copy_(th.tensor([1e3, 0.0] if len(actions) == 2 else [0.0, 1e3]))
+        return True
+
+    model.learn(10, callback=copy_and_change, reset_num_timesteps=False)
+    assert actions[2:6] == [0] * 4
+    assert actions[6:10] == [1] * 4
+
+
 def test_a_copy_of_a_model_acts_by_its_own_parameters() -> None:
     model = model_of().learn(8)
     twin = copy.deepcopy(model)

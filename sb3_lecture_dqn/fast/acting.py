@@ -86,11 +86,13 @@ class FastActing:
 
     def accepts(self, observations: np.ndarray | dict[str, np.ndarray]) -> bool:
         """
-        Whether these observations are as the environment's space says.
+        Whether these observations are as the environment's space says, and the parameters where they were.
 
         :param observations: What the policy is asked to act on
         :return: Whether they have the space's types, with one dimension for the environments before those of an observation
         """
+        if self.parameters[0].data_ptr() != self.addresses[0]:  # a copy or a pickle of the policy has moved them
+            return False
         space = self.policy.observation_space
         if not isinstance(space, spaces.Dict):
             return _are_of(space, observations)
