@@ -103,7 +103,7 @@ def test_a_model_plays_in_the_environment_that_it_was_trained_in(
     example: str, wrapper: Any, env_kwargs: Any, shown: str, tmp_path: Path
 ) -> None:
     run_folder = tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1"
-    LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}).save(run_folder / "CartPole-v1.zip")
+    LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4]}, seed=0).save(run_folder / "CartPole-v1.zip")
     (run_folder / "CartPole-v1").mkdir()
     (run_folder / "CartPole-v1" / "config.yml").write_text(yaml.dump({"env_wrapper": wrapper}))
     (run_folder / "CartPole-v1" / "args.yml").write_text(yaml.dump({"env_kwargs": env_kwargs}))

@@ -1,6 +1,7 @@
 """The result tables: how they are made, and that those in README.md and docs/results.md are the result files'."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -184,7 +185,9 @@ def test_a_command_takes_its_trainings_with_it(number: signal.Signals, tmp_path:
     command = [sys.executable, results.__file__, *runs, "--processes", "1", "--folder", str(tmp_path)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # in a session of its own, where Ctrl-C reaches all of its processes, as in a terminal
-    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+    # a shell lets what it starts in the background ignore Ctrl-C, and that is inherited
+    heed_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed_ctrl_c) as process:
         assert process.stdout is not None
         assert any(line.endswith(": starts\n") for line in process.stdout)
         if number == signal.SIGINT:
