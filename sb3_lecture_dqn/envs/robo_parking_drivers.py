@@ -39,8 +39,8 @@ def find_optimal_drive(
 
     All states that are ``t`` steps from the start are expanded at once, for ``t`` = 1, 2, ... States that coincide are merged,
     and of the others the ``width`` best are kept, by cost so far and an estimate of the rest: what it would cost if from now
-    on each step pushed both axes. With a ``width`` that is never reached the search is exhaustive; the wider the beam, the less
-    it misses.
+    on each step pushed both axes. With a ``width`` that is never reached the search is exhaustive; the wider the beam, the
+    less it misses.
 
     :param state: (x, y, ẋ, ẏ), within the observation space
     :param width: Number of states that are kept after each step, at least 1
