@@ -1,8 +1,11 @@
 """``LunarLander-v2`` as the slides make it (L3), on today's Gymnasium."""
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -56,6 +59,16 @@ def test_the_continuous_lander_is_back_too() -> None:
     assert isinstance(env.action_space, gymnasium.spaces.Box)
     assert env.observation_space.high[0] == 1.5  # type: ignore[attr-defined]
     env.close()
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+@pytest.mark.parametrize("env_id", ["LunarLander-v2", "LunarLanderContinuous-v2"])
+def test_a_copy_of_a_lander_is_one_with_the_same_arguments(env_id: str, copy_of: Any) -> None:
+    env = gymnasium.make(env_id, gravity=-5.0)
+    copied = copy_of(env.unwrapped)
+    assert type(copied) is sb3_lecture_dqn.envs.LunarLanderV2
+    assert (copied.gravity, copied.continuous) == (-5.0, "Continuous" in env_id)
+    np.testing.assert_array_equal(copied.reset(seed=0)[0], env.reset(seed=0)[0])
 
 
 def test_the_lander_passes_gymnasiums_checker(lander: gymnasium.Env[np.ndarray, int]) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
@@ -206,13 +207,72 @@ def test_anything_but_a_vector_environment_is_refused() -> None:
 
 
 def test_a_vector_environment_must_say_how_it_resets() -> None:
-    for wrapper in (DictInfoToList, NormalizeObservation):
+    for wrapper in (DictInfoToList, NormalizeObservation, NormalizeReward):
         with pytest.raises(ValueError, match=f"env must not be wrapped in {wrapper.__name__}"):
             GymVectorVecEnv(wrapper(RoboParkingVectorEnv(2)))
     env = RoboParkingVectorEnv(2)
     env.metadata = {}
     with pytest.raises(ValueError, match="env must have an AutoresetMode"):
         GymVectorVecEnv(env)
+
+
+def test_gymnasiums_episode_statistics_are_refused_where_they_do_not_learn_what_is_reset() -> None:
+    with pytest.raises(ValueError, match="env must not be wrapped in RecordEpisodeStatistics: the infos have 'episode'"):
+        GymVectorVecEnv(RecordEpisodeStatistics(sync(make_cart_pole, AutoresetMode.NEXT_STEP)))
+    env = GymVectorVecEnv(RecordEpisodeStatistics(sync(make_cart_pole, AutoresetMode.SAME_STEP)))
+    env.reset()
+    lengths = [info["episode"]["l"] for _ in range(30) for info in env.step(np.ones(3, int))[3] if "episode" in info]
+    assert lengths == list(env.env.length_queue)  # type: ignore[attr-defined]
+
+
+def test_processes_that_share_no_memory_are_refused_where_they_would_reset_twice() -> None:
+    make_envs = [make_cart_pole]
+    for mode, shared_memory, is_refused in [
+        (AutoresetMode.NEXT_STEP, False, True),
+        (AutoresetMode.NEXT_STEP, True, False),
+        (AutoresetMode.SAME_STEP, False, False),
+    ]:
+        vector_env = AsyncVectorEnv(make_envs, autoreset_mode=mode, shared_memory=shared_memory)
+        try:
+            if is_refused:
+                with pytest.raises(ValueError, match="env must share its memory, got an AsyncVectorEnv"):
+                    GymVectorVecEnv(vector_env)
+                continue
+            env = GymVectorVecEnv(vector_env)
+            env.seed(0)
+            env.reset()
+            assert all(env.step(np.array([1]))[1] == 1 for _ in range(25))  # each step of CartPole, and none is lost
+        finally:
+            vector_env.close()
+
+
+class KeepsItsRewards(ResetsInTheNextStep):
+    """Gives the same array of rewards in each step."""
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+        super().__init__(make_env)
+        self.rewards = np.ones(self.num_envs, np.float32)
+
+    def step(self, actions: Any) -> Any:
+        observations, _, *others = super().step(actions)
+        return observations, self.rewards, *others
+
+
+def test_what_an_algorithm_adds_to_rewards_does_not_reach_the_environment() -> None:
+    env = GymVectorVecEnv(KeepsItsRewards(make_cart_pole))
+    PPO("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(96)  # adds to them at the limit
+    assert env.env.rewards.tolist() == [1] * N_ENVS  # type: ignore[attr-defined]
+
+
+def test_options_may_hold_arrays() -> None:
+    env = GymVectorVecEnv(RoboParkingVectorEnv(2))
+    state = np.array([1.0, 2.0, 0.0, 0.0])
+    env.set_options([{"state": state}, {"state": state.copy()}])
+    np.testing.assert_array_equal(env.reset(), [state] * 2)
+    for others in ({"state": state + 1}, {"state": state, "more": 1}, {}):
+        env.set_options([{"state": state}, others])
+        with pytest.raises(ValueError, match="options must be the same"):
+            env.reset()
 
 
 def test_options_reach_the_next_reset_only() -> None:
@@ -243,10 +303,34 @@ def test_attributes_are_the_sub_environments_where_there_are_some() -> None:
     assert env.get_attr("left", indices=[0, 2]) == [5, 5]
     assert [float(observation["left"][0]) for observation in env.env_method("_observe")] == [5.0] * N_ENVS
     assert not env.has_attr("nothing")
-    with pytest.raises(ValueError, match=r"indices must be None or all of 0\.\.2, got 0"):
-        env.set_attr("left", 3, indices=0)
-    with pytest.raises(ValueError, match="indices must be"):
-        env.env_method("_observe", indices=[1])
+
+
+def test_some_of_synchronous_environments_can_be_asked_and_set_and_to_look_at_a_method_does_not_call_it() -> None:
+    env = GymVectorVecEnv(sync(Countdown, AutoresetMode.NEXT_STEP))
+    env.reset()
+    env.set_attr("left", 5)
+    env.set_attr("left", 3, indices=0)
+    assert env.get_attr("left") == [3, 5, 5]
+    assert [float(observation["left"][0]) for observation in env.env_method("_observe", indices=[0, 2])] == [3.0, 5.0]
+    assert env.has_attr("step")
+    assert env.get_attr("left") == [3, 5, 5]
+    assert env.get_attr("step", indices=1)[0](0)[0]["seen"] == 4
+
+
+def test_environments_in_processes_are_asked_together() -> None:
+    vector_env = AsyncVectorEnv([make_cart_pole] * 2)
+    try:
+        env = GymVectorVecEnv(vector_env)
+        assert env.get_attr("gravity", indices=1) == [9.8]
+        env.set_attr("gravity", 5.0)
+        assert env.get_attr("gravity") == [5.0, 5.0]
+        with pytest.raises(ValueError, match=r"indices must be None or all of 0\.\.1, got 0"):
+            env.set_attr("gravity", 3.0, indices=0)
+        with pytest.raises(ValueError, match="indices must be"):
+            env.env_method("has_wrapper_attr", "gravity", indices=[1])
+        assert env.env_method("has_wrapper_attr", "gravity") == [True, True]
+    finally:
+        vector_env.close()
 
 
 def test_attributes_are_the_vector_environments_where_there_are_no_sub_environments() -> None:

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.error import DependencyNotInstalled
+from gymnasium.utils.env_checker import check_env
 
 from sb3_lecture_dqn.envs import minatar_breakout
 
@@ -31,7 +32,31 @@ def test_the_pixels_are_minatars_planes() -> None:
     assert n_images > 5
 
 
+def test_a_seed_decides_an_episode_whatever_was_played_before() -> None:
+    def play(env: gymnasium.Env[np.ndarray, int], seed: int) -> list[bytes]:
+        observations, is_over = [env.reset(seed=seed)[0].tobytes()], False
+        while not is_over:
+            observation, _, is_over, _, _ = env.step(len(observations) % 3)
+            observations.append(observation.tobytes())
+        return observations
+
+    played = gymnasium.make(minatar_breakout.ENV_ID)
+    for seed in range(10):
+        assert play(played, seed) == play(gymnasium.make(minatar_breakout.ENV_ID), seed)
+
+
+def test_breakout_passes_gymnasiums_checker_and_its_pictures_show_something() -> None:
+    env = gymnasium.make(minatar_breakout.ENV_ID, render_mode="rgb_array")
+    check_env(env.unwrapped, skip_render_check=True)
+    env.reset(seed=0)
+    picture = env.render()
+    assert isinstance(picture, np.ndarray)
+    assert (picture.shape, picture.dtype) == ((10, 10, 3), np.uint8)
+    assert picture.max() > 200
+
+
 def test_a_missing_minatar_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    monkeypatch.delitem(sys.modules, "sb3_lecture_dqn.envs.minatar_game", raising=False)
     with pytest.raises(DependencyNotInstalled, match=r"^MinAtar/Breakout-v1 needs MinAtar: pip install MinAtar$"):
         gymnasium.make(minatar_breakout.ENV_ID)

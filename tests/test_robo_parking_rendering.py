@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import pygame
 import pytest
 from gymnasium.error import ResetNeeded
 
@@ -173,3 +174,10 @@ def test_a_vector_environment_draws_each_robot_as_a_scalar_one_would() -> None:
             for picture, scalar in zip(pictures, scalars, strict=True):
                 np.testing.assert_array_equal(picture, picture_of(scalar))
     envs.close()
+
+
+def test_an_open_environment_goes_on_drawing_when_another_one_quits_pygame(env: RoboParkingEnv) -> None:
+    env.reset(seed=0)
+    picture = picture_of(env)
+    pygame.quit()  # as Gymnasium's CartPole does when it is closed
+    np.testing.assert_array_equal(picture_of(env), picture)

@@ -83,6 +83,18 @@ def test_what_a_step_gave_does_not_change_in_the_next() -> None:
     assert infos[0]["seen"] == [3]
 
 
+class EndsInAnArray(Numbers):
+    def step(self, action: int) -> Any:
+        observation, reward, terminated, _, info = super().step(action)
+        return observation, reward, np.array([terminated]), False, info
+
+
+def test_an_end_that_is_an_array_of_one_is_an_end() -> None:
+    env = SingleVecEnv(EndsInAnArray())
+    env.reset()
+    assert [env.step(np.array([action]))[2].tolist() for action in (3, 9, 3)] == [[False], [True], [False]]
+
+
 def test_seeds_and_options_reach_the_environment() -> None:
     env = SingleVecEnv(Numbers())
     env.seed(3)

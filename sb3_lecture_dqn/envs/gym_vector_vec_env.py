@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
-from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation
+from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -39,7 +39,8 @@ class GymVectorVecEnv(VecEnv):
 
     :param env: The vector environment
     :raises TypeError: if it is not a Gymnasium ``VectorEnv``
-    :raises ValueError: if it does not declare its autoreset mode, or has a wrapper of Gymnasium's that does not fit
+    :raises ValueError: if it does not declare its autoreset mode, has a wrapper of Gymnasium's that does not fit, or is an
+        ``AsyncVectorEnv`` in the next-step mode without shared memory
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -50,8 +51,13 @@ class GymVectorVecEnv(VecEnv):
             raise ValueError(f"env must have an AutoresetMode in metadata['autoreset_mode'], got {mode!r}")
         self.env = env
         self._is_same_step = mode == AutoresetMode.SAME_STEP
-        self._resets_some = mode == AutoresetMode.DISABLED or isinstance(env.unwrapped, RESETS_SOME)
+        self._resets_some = not self._is_same_step and (
+            mode == AutoresetMode.DISABLED or isinstance(env.unwrapped, RESETS_SOME)
+        )
         self._check_wrappers()
+        if mode == AutoresetMode.NEXT_STEP and isinstance(env.unwrapped, AsyncVectorEnv) and not env.unwrapped.shared_memory:
+            # Its processes do not notice the reset that they are asked for, and reset once more in the next step.
+            raise ValueError("env must share its memory, got an AsyncVectorEnv in the next-step mode with shared_memory=False")
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = env.metadata
         self._actions = np.zeros(0)
@@ -65,8 +71,12 @@ class GymVectorVecEnv(VecEnv):
         while isinstance(layer, VectorWrapper):
             if isinstance(layer, DictInfoToList):
                 raise ValueError("env must not be wrapped in DictInfoToList: SB3 gets a list of infos anyway")
-            if isinstance(layer, NormalizeObservation) and self._resets_some:
-                raise ValueError("env must not be wrapped in NormalizeObservation, which cannot reset some: take VecNormalize")
+            if isinstance(layer, (NormalizeObservation, NormalizeReward)) and self._resets_some:
+                name = type(layer).__name__
+                raise ValueError(f"env must not be wrapped in {name}, which cannot reset some: take VecNormalize")
+            # What has sub-environments takes the mask out of the options before this wrapper looks for it.
+            if isinstance(layer, RecordEpisodeStatistics) and self._resets_some and self._has_sub_environments:
+                raise ValueError("env must not be wrapped in RecordEpisodeStatistics: the infos have 'episode' anyway")
             layer = layer.env
 
     def reset(self) -> Any:  # SB3's VecEnvObs
@@ -76,7 +86,7 @@ class GymVectorVecEnv(VecEnv):
         :return: The first observations
         :raises ValueError: if :meth:`set_options` was given options that differ between the sub-environments
         """
-        if any(options != self._options[0] for options in self._options):
+        if not all(_are_equal(options, self._options[0]) for options in self._options):
             raise ValueError("options must be the same for all sub-environments of a vector environment")
         # SB3's seeds are seed, seed + 1, ...: what Gymnasium makes of the first one.
         observations, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
@@ -104,7 +114,7 @@ class GymVectorVecEnv(VecEnv):
         :raises ValueError: if a vector environment in the disabled mode resets more sub-environments than it was asked to
         """
         observations, rewards, terminations, truncations, infos = self.env.step(self._actions)
-        rewards = np.asarray(rewards, dtype=np.float32)
+        rewards = np.array(rewards, dtype=np.float32)  # a copy: SB3's PPO adds to the rewards that it was given
         dones = np.logical_or(terminations, truncations)
         info_of_each = split_infos(infos, self.num_envs)
         for info, timed_out in zip(info_of_each, (truncations & ~terminations).tolist(), strict=True):
@@ -201,6 +211,8 @@ class GymVectorVecEnv(VecEnv):
         :raises AttributeError: if there is none
         """
         env: Any = self.env.unwrapped
+        if isinstance(env, SyncVectorEnv):  # its own get_attr calls what can be called
+            return [env.envs[i].get_wrapper_attr(attr_name) for i in self._get_indices(indices)]
         values = env.get_attr(attr_name) if self._has_sub_environments else [getattr(env, attr_name)] * self.num_envs
         return [values[i] for i in self._get_indices(indices)]
 
@@ -210,11 +222,15 @@ class GymVectorVecEnv(VecEnv):
 
         :param attr_name: Its name
         :param value: Its value
-        :param indices: Must stand for all
-        :raises ValueError: if ``indices`` leaves out a sub-environment
+        :param indices: The sub-environments; unless it is a ``SyncVectorEnv``, all of them
+        :raises ValueError: if ``indices`` leaves out a sub-environment that cannot be left out
         """
-        self._check_all(indices)
         env: Any = self.env.unwrapped
+        if isinstance(env, SyncVectorEnv):
+            for i in self._get_indices(indices):
+                env.envs[i].set_wrapper_attr(attr_name, value)
+            return
+        self._check_all(indices)
         if self._has_sub_environments:
             env.set_attr(attr_name, [value] * self.num_envs)
         else:
@@ -224,20 +240,22 @@ class GymVectorVecEnv(VecEnv):
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """
-        Call a method of every sub-environment.
+        Call a method of the sub-environments.
 
         :param method_name: Its name
         :param method_args: Its arguments
-        :param indices: Must stand for all
+        :param indices: The sub-environments; unless it is a ``SyncVectorEnv``, all of them
         :param method_kwargs: Its keyword arguments
         :return: What each call returned
         :raises AttributeError: if the vector environment has no sub-environments
-        :raises ValueError: if ``indices`` leaves out a sub-environment
+        :raises ValueError: if ``indices`` leaves out a sub-environment that cannot be left out
         """
         if not self._has_sub_environments:
             raise AttributeError(f"{self.env} has no sub-environments that could be called for {method_name}()")
-        self._check_all(indices)
         env: Any = self.env.unwrapped
+        if isinstance(env, SyncVectorEnv):
+            return [method(*method_args, **method_kwargs) for method in self.get_attr(method_name, indices)]
+        self._check_all(indices)
         return list(env.call(method_name, *method_args, **method_kwargs))
 
     def env_is_wrapped(
@@ -306,8 +324,8 @@ def _rows(observations: Any, indices: Any) -> Any:
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return all(_are_equal(a[key], b[key]) for key in a)
-    if isinstance(a, tuple):
-        return all(map(_are_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_are_equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_are_equal, a, b))
     return np.array_equal(a, b, equal_nan=np.issubdtype(np.asarray(a).dtype, np.floating))

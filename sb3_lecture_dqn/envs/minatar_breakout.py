@@ -19,18 +19,18 @@ MAX_EPISODE_STEPS = 5_000
 
 def make_breakout(render_mode: str | None = None) -> gymnasium.Env[np.ndarray, int]:
     """
-    Breakout with its three actions, as MinAtar registers it.
+    Breakout with its three actions, as MinAtar registers it, without two faults: there a reset with a seed does not forget the
+    last action of the episode before, and a film is black.
 
     :param render_mode: One of MinAtar's
     :return: The environment, with MinAtar's planes of bools as observations
     :raises DependencyNotInstalled: if MinAtar is not installed
     """
     try:
-        from minatar.gym import BaseEnv
+        from sb3_lecture_dqn.envs.minatar_game import Breakout
     except ImportError:
         raise DependencyNotInstalled(f"{ENV_ID} needs MinAtar: pip install MinAtar") from None
-    env: gymnasium.Env[np.ndarray, int] = BaseEnv("breakout", render_mode=render_mode, use_minimal_action_set=True)
-    return env
+    return Breakout(render_mode)
 
 
 class Pixels(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):

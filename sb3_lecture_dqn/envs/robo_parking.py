@@ -504,7 +504,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._observations.copy().T, rewards, terminations, truncations, infos
 
     def _are_actions(self, actions: Any) -> bool:
-        """What ``action_space.contains`` says, in a third of its time."""
+        """What ``action_space.contains`` says of an array, in a third of its time."""
         is_batch = isinstance(actions, np.ndarray) and actions.dtype.kind in "iu" and actions.shape == (self.num_envs,)
         return bool(is_batch and actions.min() >= 0 and actions.max() < N_ACTIONS)
 

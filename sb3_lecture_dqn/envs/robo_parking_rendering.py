@@ -40,6 +40,11 @@ State = tuple[float, ...]
 Point = tuple[float, float]
 
 
+def _render_text(text: str, size: int, colour: tuple[int, int, int]) -> pygame.Surface:
+    pygame.font.init()  # another environment's close() may have ended pygame, and no font outlives that
+    return pygame.font.Font(None, size).render(text, True, colour)
+
+
 class LotRenderer:
     """
     Draws the lot from above, with the corner (0, 0) at the lower left.
@@ -51,15 +56,12 @@ class LotRenderer:
         self._frames_per_second = frames_per_second
         self._window: pygame.Surface | None = None
         self._clock = pygame.time.Clock()
-        pygame.font.init()
         side = SIZE * SUPERSAMPLING
         self._header = side // 15
         margin = side // 40
         self._pixels_per_metre = (side - self._header - margin) / (LOT_SIDE + 2 * (HALF_ROBOT + KERB))
         self._left = (side - self._pixels(LOT_SIDE)) / 2
         self._bottom = side - margin - self._pixels(HALF_ROBOT + KERB)
-        self._font = pygame.font.Font(None, round(self._header * 0.75))
-        self._bay_font = pygame.font.Font(None, round(self._pixels(0.6)))
         self._lot = self._draw_lot(side)
 
     def __reduce__(self) -> tuple[type["LotRenderer"], tuple[int]]:
@@ -137,7 +139,7 @@ class LotRenderer:
     def _draw_bay(self, surface: pygame.Surface) -> None:
         size = HALF_ROBOT + BAY
         pygame.draw.rect(surface, BAY_FLOOR, self._rect(-HALF_ROBOT, -HALF_ROBOT, size, size))
-        letter = self._bay_font.render("P", True, LINE)
+        letter = _render_text("P", self._pixels(0.6), LINE)
         surface.blit(letter, letter.get_rect(center=self._point((BAY - HALF_ROBOT) / 2, (BAY - HALF_ROBOT) / 2)))
         width = self._pixels(0.03)
         corner = self._point(BAY, BAY)
@@ -225,5 +227,5 @@ class LotRenderer:
             (middle, "center", width // 2),
             (right, "midright", width - margin),
         ):
-            image = self._font.render(text, True, colour)
+            image = _render_text(text, round(self._header * 0.75), colour)
             surface.blit(image, image.get_rect(**{anchor: (column, self._header // 2)}))

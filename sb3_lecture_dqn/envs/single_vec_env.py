@@ -41,4 +41,6 @@ class SingleVecEnv(DummyVecEnv):
         observations[0] = observation
         rewards = np.empty(1, np.float32)
         rewards[0] = reward  # what is no number is refused here
-        return observations, rewards, np.array([done], bool), [deepcopy(info)]
+        dones = np.empty(1, bool)
+        dones[0] = done
+        return observations, rewards, dones, [deepcopy(info)]
