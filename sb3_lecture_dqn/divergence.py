@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
-from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS
@@ -83,7 +82,7 @@ class DivergenceWatch:
         self._last_pos, self._last_num_timesteps = pos, model.num_timesteps
         if n_new == 0:
             return
-        rows = np.arange(pos - n_new, pos) % size
+        rows = np.arange(pos - n_new, pos)  # below 0 they count from the ring's end
         for name, array_name, causes in (
             ("rewards", "rewards", _REWARD_CAUSES),
             ("observations", "next_observations", _OBSERVATION_CAUSES),
@@ -151,11 +150,11 @@ def _first_row_not_finite(arrays: Any, rows: np.ndarray) -> int | None:
 
 
 def _largest_reward(model: "LectureDQN") -> float:
-    """The largest absolute reward that the update may see; infinite if only a buffer of a user's own knows."""
+    """The largest absolute reward that the update may see; infinite if only the buffer knows, a user's own or HER's."""
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_reward:
         return float(vec_normalize.clip_reward)
     replay_buffer = model.replay_buffer
-    if replay_buffer is None or type(replay_buffer) not in (HerReplayBuffer, *UNIFORM_BUFFERS):
+    if replay_buffer is None or type(replay_buffer) not in UNIFORM_BUFFERS:
         return math.inf
     return float(np.abs(replay_buffer.rewards[: replay_buffer.size()]).max(initial=0.0))

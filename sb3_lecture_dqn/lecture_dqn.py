@@ -53,7 +53,7 @@ from sb3_lecture_dqn.fast.update import FastUpdate, rows_of
 from sb3_lecture_dqn.metrics import RunningMeans
 from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
-from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer
+from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes
 from sb3_lecture_dqn.resume.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.validation import (
@@ -319,11 +319,18 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _set_default_replay_buffer_class(self) -> None:
         """D where SB3 would take its ``ReplayBuffer``: the same one, with a faster draw of B."""
-        of_n_steps = {"n_steps": self.n_steps, "gamma": self.gamma}
-        agrees = {**of_n_steps, **self.replay_buffer_kwargs}.items() >= of_n_steps.items()
-        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1 and agrees:
-            # A loaded model's, maybe with new arguments: SB3 gives it n and γ only where it chooses the class itself.
-            self.replay_buffer_class = None
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
+            of_model = {"n_steps": self.n_steps, "gamma": self.gamma}
+            of_buffer = {name: self.replay_buffer_kwargs.get(name, value) for name, value in of_model.items()}
+            if of_buffer == of_model:
+                # A loaded model's: SB3 gives it n and γ only where it chooses the class itself.
+                self.replay_buffer_class = None
+            else:
+                warnings.warn(
+                    f"the targets are those of replay_buffer_kwargs, {of_buffer}, and not of the model's {of_model}; without "
+                    "them in replay_buffer_kwargs they are the model's",
+                    stacklevel=2,
+                )
         is_plain = self.n_steps == 1 and not self.optimize_memory_usage
         if self.replay_buffer_class is ContiguousReplayBuffer and not is_plain:
             self.replay_buffer_class = None  # the same: it was chosen for other arguments
@@ -530,6 +537,9 @@ class LectureDQN(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         record_for_checkpoints(callback, self.env)
+        replay_buffer = self.__dict__.get("replay_buffer")
+        if replay_buffer is not None and (reset_num_timesteps or self._last_obs is None):
+            end_last_episodes(replay_buffer)  # SB3 resets the environments
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -626,7 +636,8 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def check_divergence(self) -> None:
         """
-        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps.
+        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps. In a
+        callback's ``_on_step``, the transition of which is counted and not yet stored, the step in the error is one too late.
 
         :raises DivergenceError: if they are not
         """

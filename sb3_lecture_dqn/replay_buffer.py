@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -95,6 +96,26 @@ class ContiguousReplayBuffer(ReplayBuffer):
 def _in_one_piece(observations: Any) -> Any:
     # the fields of a record lie side by side, and an encoder may want to view its input in another shape
     return np.ascontiguousarray(observations)
+
+
+def end_last_episodes(replay_buffer: ReplayBuffer) -> None:
+    """
+    Let no stored episode go on behind the newest row, because the environments start new ones.
+
+    Where an episode had ended there by itself, nothing changes. Otherwise it has been cut off: d is 1, as for a time limit.
+
+    :param replay_buffer: The buffer
+    """
+    if isinstance(replay_buffer, HerReplayBuffer):
+        replay_buffer.truncate_last_trajectory()
+        return
+    follows_rows = replay_buffer.optimize_memory_usage or isinstance(replay_buffer, NStepReplayBuffer)
+    if not follows_rows or replay_buffer.size() == 0:
+        return
+    dones = replay_buffer.dones[replay_buffer.pos - 1]
+    if replay_buffer.handle_timeout_termination:
+        replay_buffer.timeouts[replay_buffer.pos - 1][dones == 0] = 1
+    dones[:] = 1
 
 
 #: Replay buffers whose draws are alike, so that several batches may be one draw.

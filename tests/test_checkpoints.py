@@ -186,7 +186,7 @@ def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
     write(tmp_path, 10)
     monkeypatch.undo()
-    with pytest.raises(UnreadableCheckpointError, match="has the format 99, this version reads 2"):
+    with pytest.raises(UnreadableCheckpointError, match="has the format 99, this version reads 3"):
         read_checkpoint(tmp_path / "checkpoint_10")
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import BitFlippingEnv
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, divergence
 from sb3_lecture_dqn.metrics import RunningMeans
@@ -170,6 +172,21 @@ def test_what_a_buffer_of_a_users_own_holds_and_gives_is_no_explosion(buffer_cla
     model = make_model(PoisonedEnv(), replay_buffer_class=buffer_class, gamma=0.9)
     model.learn(300)
     assert model._n_updates == 290
+
+
+class Paying(BitFlippingEnv):
+    """Pays well at the goal, which is never reached."""
+
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        return (super().compute_reward(achieved_goal, desired_goal, info) + 1) * 1e4
+
+
+def test_rewards_of_the_goals_that_hindsight_puts_in_the_place_of_others_are_no_explosion() -> None:
+    env = Paying(n_bits=12, continuous=False, max_steps=12)
+    model = make_model(env, "MultiInputPolicy", gamma=0.9, learning_rate=0.05, replay_buffer_class=HerReplayBuffer)
+    model.learn(300)
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.rewards.max() == 0
 
 
 def test_a_second_training_does_not_look_at_old_transitions_again(monkeypatch: pytest.MonkeyPatch) -> None:

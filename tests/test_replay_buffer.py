@@ -1,18 +1,20 @@
 """The replay buffer (L11): a ring, sampled uniformly, by the algorithm's own generator."""
 
 import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 from scripted_envs import CountingEnv
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer, end_last_episodes
 
 
 def collected(buffer_size: int, steps: int, seed: int = 0) -> LectureDQN:
@@ -238,3 +240,61 @@ def test_the_buffer_can_be_dropped_and_is_made_again_when_it_is_needed() -> None
     assert "replay_buffer" not in {name for name, value in vars(model).items() if value is not None}
     assert model.replay_buffer is not None
     assert model.replay_buffer.size() == 0
+
+
+def go_on_at_once(model: LectureDQN, folder: Path) -> LectureDQN:
+    return model.learn(20)
+
+
+def go_on_with_a_saved_buffer(model: LectureDQN, folder: Path) -> LectureDQN:
+    model.save(folder / "model")
+    model.save_replay_buffer(folder / "buffer")
+    loaded = LectureDQN.load(folder / "model", env=CountingEnv(length=1_000, first_episode=7))
+    loaded.load_replay_buffer(folder / "buffer")
+    return loaded.learn(20, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("go_on", [go_on_at_once, go_on_with_a_saved_buffer])
+@pytest.mark.parametrize("handle_timeout_termination", [False, True])
+def test_no_target_reaches_over_the_reset_between_two_trainings(
+    go_on: Any, handle_timeout_termination: bool, tmp_path: Path
+) -> None:
+    kwargs = {"handle_timeout_termination": handle_timeout_termination}
+    env = CountingEnv(length=1_000)
+    model = LectureDQN("MlpPolicy", env, n_steps=5, buffer_size=100, replay_buffer_kwargs=kwargs, seed=0).learn(20)
+    replay_buffer: Any = go_on(model, tmp_path).replay_buffer
+    samples = replay_buffer._get_samples(np.arange(40))
+    assert samples.observations[:, 0].tolist() == samples.next_observations[:, 0].tolist()  # the number of the episode
+    assert samples.dones[:15].sum() == 0
+    assert set(samples.dones[15:20, 0].tolist()) == {float(not handle_timeout_termination)}  # the lecture's d, or the other
+
+
+@pytest.mark.parametrize("is_terminated", [False, True])
+def test_an_episode_that_had_ended_is_not_ended_again(is_terminated: bool) -> None:
+    box, actions = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+    replay_buffer = NStepReplayBuffer(10, box, actions, n_steps=3, n_envs=2)
+    observations = np.zeros((2, 2), np.float32)
+    dones = np.array([is_terminated, False])
+    replay_buffer.add(observations, observations, np.zeros((2, 1)), np.ones(2), dones, [{}, {}])
+    end_last_episodes(replay_buffer)
+    assert replay_buffer.dones[0].tolist() == [1, 1]
+    assert replay_buffer.timeouts[0].tolist() == [not is_terminated, 1]
+
+
+def test_a_discount_that_the_targets_do_not_have_is_named() -> None:
+    kwargs = {"n_steps": 3, "gamma": 0.5}
+    with pytest.warns(
+        UserWarning, match=r"the targets are those of replay_buffer_kwargs, .*'gamma': 0\.5.* not of"
+    ):
+        LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=kwargs)
+
+
+def test_a_loaded_model_with_another_discount_is_told_that_its_targets_keep_theirs(tmp_path: Path) -> None:
+    LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="the targets are those of replay_buffer_kwargs"):
+        loaded = LectureDQN.load(tmp_path / "model", gamma=0.5)
+    assert loaded.replay_buffer.gamma == 0.99  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = LectureDQN.load(tmp_path / "model", gamma=0.5, replay_buffer_kwargs={})
+    assert loaded.replay_buffer.gamma == 0.5  # type: ignore[union-attr]

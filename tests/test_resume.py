@@ -31,17 +31,19 @@ from sb3_lecture_dqn.resume.training_state import TrainingState
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
 
 
+SMALL: dict[str, Any] = {
+    "buffer_size": 250,
+    "learning_starts": 50,
+    "batch_size": 16,
+    "target_update_interval": 40,
+    "policy_kwargs": {"net_arch": [16]},
+    "seed": 3,
+    "device": "cpu",
+}
+
+
 def small_model(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> LectureDQN:
-    settings: dict[str, Any] = {
-        "buffer_size": 250,
-        "learning_starts": 50,
-        "batch_size": 16,
-        "target_update_interval": 40,
-        "policy_kwargs": {"net_arch": [16]},
-        "seed": 3,
-        "device": "cpu",
-    }
-    return LectureDQN(policy, env, **{**settings, **kwargs})
+    return LectureDQN(policy, env, **{**SMALL, **kwargs})
 
 
 def train_scenario(scenario: Any, folder: Path, interrupt_at: int = 1_000_000) -> dict[str, str]:
@@ -167,6 +169,77 @@ def test_a_replay_buffer_of_the_users_class_is_continued(tmp_path: Path) -> None
     model = interrupted_run(build, 400, tmp_path / "run", 330)
     assert differences(run(build, 400, tmp_path / "reference"), model) == []
     assert model.replay_buffer.n_added == 400  # type: ignore[union-attr]
+
+
+class Mirroring(LectureDQN):
+    """A user's class that stores each transition twice, once in a mirror."""
+
+    def _store_transition(self, replay_buffer: Any, buffer_action: Any, new_obs: Any, *args: Any) -> None:  # type: ignore[override]
+        replay_buffer.add(-self._last_obs, -new_obs, buffer_action, *args)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
+
+
+def test_a_buffer_that_a_subclass_fills_faster_is_continued(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return Mirroring("MlpPolicy", "CartPole-v1", **{**SMALL, "buffer_size": 200})
+
+    expected = run(build, 700, tmp_path / "reference", save_freq=200)
+    assert differences(expected, interrupted_run(build, 700, tmp_path / "run", 550, save_freq=200)) == []
+
+
+class Decaying(LectureDQN):
+    """A user's class with an ε of its own, which falls with each episode, and another name for a part of the network."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.epsilon = 1.0
+        self.last_layer = self.q_net.q_net[-1]
+        self.lock = threading.Lock()
+
+    def _update_info_buffer(self, infos: Any, dones: Any = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        self.epsilon *= 0.9 if dones.any() else 1.0
+
+    def _update_exploration_rate(self, progress_remaining: float) -> None:
+        self.exploration_rate = self.epsilon
+
+
+def test_what_a_subclass_remembers_is_continued_and_what_cannot_be_is_named(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return Decaying("MlpPolicy", "CartPole-v1", **SMALL)
+
+    expected = run(build, 500, None)
+    with pytest.warns(UserWarning, match=r"a checkpoint cannot keep Decaying\.lock, which cannot be pickled"):
+        resumed: Any = interrupted_run(build, 500, tmp_path, 420)
+    assert differences(expected, resumed) == []
+    assert resumed.epsilon < 0.5
+    assert resumed.last_layer is resumed.q_net.q_net[-1]
+
+
+class Curriculum(gymnasium.Env[np.ndarray, int]):
+    """Large rewards in the first 400 steps, and none later."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2)
+    n_steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def _observation(self) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return self._observation(), 1e5 * (self.n_steps <= 400), False, self.n_steps % 50 == 0, {}
+
+
+def test_a_large_q_of_rewards_that_were_seen_before_the_interruption_is_no_explosion(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(Curriculum(), train_freq=1, gradient_steps=1, learning_rate=0.05, gamma=0.9)
+
+    expected = run(build, 1000, tmp_path / "reference")
+    assert differences(expected, interrupted_run(build, 1000, tmp_path / "run", 850)) == []
 
 
 @pytest.mark.parametrize("env_id", ["RoboParking-v0", "LunarLander-v2", "CartPole-v1"])

@@ -25,9 +25,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
-from sb3_lecture_dqn.resume.checkpoints import SETTINGS
 from sb3_lecture_dqn.resume.replay_buffer_rows import stores_rows_as_sb3
-from sb3_lecture_dqn.resume.training_state import ALGORITHM_STATE, LOGGER_STATE, NOT_A_CALLBACKS_OWN
+from sb3_lecture_dqn.resume.training_state import ALGORITHM_STATE, KNOWN_ATTRIBUTES, LOGGER_STATE, NOT_A_CALLBACKS_OWN
 from sb3_lecture_dqn.tuning import storage
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -90,6 +89,7 @@ PRIVATE_NAMES: list[tuple[Callable[[], Any], str, list[str]]] = [
         ["pos", "full", "dones", "timeouts"],
     ),
     (lambda: LectureDQN("MlpPolicy", "CartPole-v1").env, "gym_vector_vec_env.py", ["_options", "_seeds", "_get_indices"]),
+    (lambda: OffPolicyAlgorithm, "resume/checkpoints.py", ["_store_transition"]),
     (lambda: VecEnv, "gym_vector_vec_env.py", ["_reset_seeds", "_reset_options"]),
     (lambda: gymnasium.wrappers.OrderEnforcing(CartPoleEnv()), "resume/episode_recorder.py", ["_has_reset"]),
     (lambda: th.nn.Linear(1, 1), "fast/head.py", ["_modules", "_parameters", *(f"_{hooks}" for hooks in HOOKS)]),
@@ -149,41 +149,11 @@ def test_a_running_trial_can_be_put_back_into_optunas_queue(tmp_path: Path, kind
 # What checkpoints rely on. A run that is continued is exact only if they know every attribute that training changes.
 
 CHECKPOINT_ADVICE = "checkpoints must follow: see sb3_lecture_dqn/resume/training_state.py and resume/replay_buffer_rows.py"
-#: Attributes of a model that are neither saved nor compared: made again by the constructor, or saved in another way.
-MADE_AGAIN = {
-    "action_noise",
-    "batch_norm_stats",
-    "batch_norm_stats_target",
-    "device",
-    "env",
-    "exploration_schedule",
-    "lr_schedule",
-    "policy",
-    "q_net",
-    "q_net_target",
-    "random_generator",  # saved by its state
-    "replay_buffer",  # saved by its rows
-    "sde_sample_freq",
-    "start_time",  # saved as the time that has passed
-    "tensorboard_log",
-    "use_sde",
-    "use_sde_at_warmup",
-    "verbose",
-    "_custom_logger",
-    "_divergence_watch",
-    "_fast_acting",
-    "_fast_update",
-    "_is_collecting",
-    "_logger",
-    "_stats_window_size",
-    "_vec_normalize_env",
-}
 
 
 def test_every_attribute_of_a_trained_model_is_known_to_checkpoints() -> None:
     model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, batch_size=4).learn(30)
-    known = {*ALGORITHM_STATE, *SETTINGS, *MADE_AGAIN}
-    assert set(vars(model)) <= known, f"{set(vars(model)) - known} may be state: {CHECKPOINT_ADVICE}"
+    assert set(vars(model)) <= KNOWN_ATTRIBUTES, f"{set(vars(model)) - KNOWN_ATTRIBUTES} may be state: {CHECKPOINT_ADVICE}"
     assert set(ALGORITHM_STATE) <= set(vars(model)), CHECKPOINT_ADVICE
 
 

@@ -18,9 +18,12 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_lecture_dqn.fast.head import is_own_method
+from sb3_lecture_dqn.replay_buffer import end_last_episodes
 from sb3_lecture_dqn.resume.checkpoint_files import (
     Checkpoint,
     Writer,
@@ -29,8 +32,8 @@ from sb3_lecture_dqn.resume.checkpoint_files import (
     newest_checkpoint,
     write_checkpoint,
 )
-from sb3_lecture_dqn.resume.replay_buffer_rows import ReplayBufferFiles, mark_last_rows_as_ends, stores_rows_as_sb3
-from sb3_lecture_dqn.resume.run_settings import check_same_run, in_words
+from sb3_lecture_dqn.resume.replay_buffer_rows import ReplayBufferFiles, stores_rows_as_sb3
+from sb3_lecture_dqn.resume.run_settings import SETTINGS, check_same_run, in_words
 from sb3_lecture_dqn.resume.training_state import (
     PARAMETERS_FILE,
     STATE_FILE,
@@ -40,7 +43,7 @@ from sb3_lecture_dqn.resume.training_state import (
     take_parameters,
 )
 from sb3_lecture_dqn.resume.vec_env_state import insert_recorders
-from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS, check_int_at_least
+from sb3_lecture_dqn.validation import check_int_at_least
 
 if TYPE_CHECKING:  # it imports this module
     from sb3_lecture_dqn.lecture_dqn import LectureDQN
@@ -48,21 +51,6 @@ if TYPE_CHECKING:  # it imports this module
 #: Errors that may pass while a run goes on.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 REPLAY_BUFFER_FILE = "replay_buffer.pkl"
-#: What has to be the same in the run that goes on; otherwise it would be another run.
-SETTINGS = (
-    *NUMERIC_ARGUMENTS,
-    "learning_rate",
-    "train_freq",
-    "replay_buffer_class",
-    "replay_buffer_kwargs",
-    "optimize_memory_usage",
-    "policy_class",
-    "policy_kwargs",
-    "seed",
-    "n_envs",
-    "observation_space",
-    "action_space",
-)
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -181,7 +169,8 @@ class ResumableCheckpointCallback(BaseCallback):
         saved: dict[str, Any] = {"run": run}
         writers: dict[str, Writer] = {}
         row_files = []
-        if stores_rows_as_sb3(replay_buffer):
+        adds_a_row_a_step = is_own_method(model, "_store_transition", OffPolicyAlgorithm)
+        if adds_a_row_a_step and stores_rows_as_sb3(replay_buffer):
             row_files = self._replay_buffer_files.write_new_rows(self.folder, replay_buffer, model.num_timesteps)
             saved["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
         else:
@@ -229,7 +218,7 @@ class ResumableCheckpointCallback(BaseCallback):
         model._last_episode_starts = np.ones((model.env.num_envs,), dtype=bool)
         if model.get_vec_normalize_env() is not None:
             model._last_original_obs = model.get_vec_normalize_env().get_original_obs()
-        mark_last_rows_as_ends(model.replay_buffer)
+        end_last_episodes(model.replay_buffer)
         self._replay_buffer_files.forget()
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from sb3_lecture_dqn.resume.checkpoint_files import Checkpoint, FileRecord, write_shared_file
 
@@ -146,22 +146,6 @@ class ReplayBufferFiles:
             arrays[name][state["others"]["pos"]] = row
         for name, value in state["others"].items():
             setattr(replay_buffer, name, value)
-
-
-def mark_last_rows_as_ends(replay_buffer: ReplayBuffer) -> None:
-    """
-    Let no episode go on behind the newest row, because the environments start new ones.
-
-    :param replay_buffer: The buffer
-    """
-    if isinstance(replay_buffer, HerReplayBuffer):
-        replay_buffer.truncate_last_trajectory()
-        return
-    follows_rows = replay_buffer.optimize_memory_usage or isinstance(replay_buffer, NStepReplayBuffer)
-    if follows_rows and replay_buffer.size() > 0:
-        replay_buffer.dones[replay_buffer.pos - 1] = 1
-        if replay_buffer.handle_timeout_termination:
-            replay_buffer.timeouts[replay_buffer.pos - 1] = 1
 
 
 def _row_arrays(replay_buffer: ReplayBuffer) -> dict[str, np.ndarray]:

@@ -7,6 +7,23 @@ from typing import Any
 
 import gymnasium
 
+from sb3_lecture_dqn.validation import NUMERIC_ARGUMENTS
+
+#: Attributes of a model that have to be the same in the run that goes on; otherwise it would be another run.
+SETTINGS = (
+    *NUMERIC_ARGUMENTS,
+    "learning_rate",
+    "train_freq",
+    "replay_buffer_class",
+    "replay_buffer_kwargs",
+    "optimize_memory_usage",
+    "policy_class",
+    "policy_kwargs",
+    "seed",
+    "n_envs",
+    "observation_space",
+    "action_space",
+)
 #: Words longer than this, of a large array for instance, are kept as a checksum.
 LONGEST_WORDS = 500
 NOT_GIVEN = "not given"

@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_lecture_dqn.resume.episode_recorder import rewrite
 from sb3_lecture_dqn.resume.live_objects import LiveObjects
 from sb3_lecture_dqn.resume.random_state import random_state, restore_random_state
+from sb3_lecture_dqn.resume.run_settings import SETTINGS
 from sb3_lecture_dqn.resume.vec_env_state import (
     describe_vec_env,
     insert_recorders,
@@ -52,7 +53,38 @@ ALGORITHM_STATE = (
     "_n_updates",
     "_n_calls",
     "_training_metrics",
+    "_divergence_watch",
 )
+#: Attributes of the algorithm that are made again by its constructor or by ``learn``, or saved in another way.
+MADE_AGAIN = (
+    "action_noise",
+    "batch_norm_stats",
+    "batch_norm_stats_target",
+    "device",
+    "env",
+    "exploration_schedule",
+    "lr_schedule",
+    "policy",
+    "q_net",
+    "q_net_target",
+    "random_generator",  # saved by its state
+    "replay_buffer",  # saved by its rows
+    "sde_sample_freq",
+    "start_time",  # saved as the time that has passed
+    "tensorboard_log",
+    "use_sde",
+    "use_sde_at_warmup",
+    "verbose",
+    "_custom_logger",
+    "_fast_acting",
+    "_fast_update",
+    "_is_collecting",
+    "_logger",
+    "_stats_window_size",
+    "_vec_normalize_env",
+)
+#: What every model has; other attributes are a subclass's or the user's own.
+KNOWN_ATTRIBUTES = frozenset({*ALGORITHM_STATE, *MADE_AGAIN, *SETTINGS})
 #: Attributes of a callback that are not its own.
 NOT_A_CALLBACKS_OWN = frozenset({"model", "parent", "locals", "globals"})
 #: Attributes of the logger: the values that were recorded and not yet written.
@@ -88,7 +120,9 @@ class TrainingState:
         """
         model, live = self._model, self._live_objects()
         algorithm = live.dumps({name: getattr(model, name) for name in ALGORITHM_STATE})
-        callbacks, left_out = {}, []
+        own_attributes = {name: value for name, value in vars(model).items() if name not in KNOWN_ATTRIBUTES}
+        own, attributes = live.dumps_attributes(own_attributes)
+        callbacks, left_out = {}, [f"{type(model).__name__}.{attribute}" for attribute in attributes]
         for name, callback in self._callbacks.items():
             callbacks[name], attributes = live.dumps_attributes(_own_attributes(callback))
             left_out += [f"{type(callback).__name__}.{attribute}" for attribute in attributes]
@@ -98,6 +132,7 @@ class TrainingState:
             warnings.warn(f"a checkpoint cannot keep {', '.join(left_out)}, which cannot be pickled", stacklevel=2)
         return {
             "algorithm": algorithm,
+            "own": own,
             "generator": model.random_generator.bit_generator.state,
             "spaces": {name: live.dumps(vars(space)) for name, space in live.named_spaces()},
             "callbacks": callbacks,
@@ -120,6 +155,7 @@ class TrainingState:
         if state["callbacks"].keys() != self._callbacks.keys() or len(state["vec_envs"]) != len(self._vec_envs):
             raise ValueError("callback must hold the same callbacks as in the run that is continued")
         vars(model).update(live.loads(state["algorithm"]))
+        vars(model).update(live.loads(state["own"]))
         model.random_generator.bit_generator.state = state["generator"]
         model.start_time = time.time_ns() - int(state["seconds"] * 1e9)
         for name, callback in self._callbacks.items():
@@ -172,6 +208,8 @@ class TrainingState:
             live.add(name, getattr(model, name))
         live.add("model", model)
         live.add("optimizer", model.policy.optimizer)
+        for name, part in (*model.policy.named_modules(), *model.policy.named_parameters(), *model.policy.named_buffers()):
+            live.add(f"policy.{name}", part)
         for name, callback in self._callbacks.items():
             live.add(name, callback)
         for index, vec_env in enumerate(self._vec_envs):
