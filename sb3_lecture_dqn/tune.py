@@ -32,7 +32,7 @@ from sb3_lecture_dqn.tuning.driver import Driver, Engine
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
 from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
-from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, open_study
+from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, note_entry, open_study
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +84,7 @@ def _tune_parser() -> argparse.ArgumentParser:
 def _best_parser() -> argparse.ArgumentParser:
     parser = _Parser("sb3_lecture_dqn.tune best", description="Write the best trial into a hyperparameter file.")
     _add_study_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the file, for rl_zoo3.train's --conf-file")
+    parser.add_argument("--output", type=Path, required=True, help="the .yml file, for rl_zoo3.train's --conf-file")
     parser.add_argument("--replace", action="store_true", help="replace the entry that the environment has there")
     return parser
 
@@ -141,6 +141,7 @@ def _run_study(arguments: argparse.Namespace, manager: Any, settings: zoo.TrialS
         # to join a cluster starts nothing, so that comes first; a cluster of our own is started when all else is right
         cluster = _enter_engine(stack, arguments) if arguments.ray_address else None
         study = open_study(storage, _study_name(arguments), zoo.scoring_of(manager))
+        note_entry(study, zoo.entry_in_words(manager))
         engine = cluster or _enter_engine(stack, arguments)
         runner = stack.enter_context(Runner(study, arguments.max_retries))
         driver = Driver(study, manager, settings, engine, runner, arguments.seed)
@@ -208,6 +209,8 @@ def write_best(arguments: argparse.Namespace) -> None:
     :param arguments: What the command line said
     :raises TuningError: if there is no such trial, or the file cannot take it
     """
+    if arguments.output.suffix not in (".yml", ".yaml"):  # the zoo would run it as Python
+        raise TuningError(f"--output must end in .yml or .yaml, got {arguments.output}")
     no_study = f"there is no study {_study_name(arguments)!r} in the storage"
     file = find_storage_file(_storage_url(arguments))
     if file is not None and not file.exists():

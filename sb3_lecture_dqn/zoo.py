@@ -37,7 +37,7 @@ from sb3_lecture_dqn.resume.run_settings import NOT_GIVEN, check_same_run, in_fe
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
-from sb3_lecture_dqn.tuning.studies import Runner, open_study
+from sb3_lecture_dqn.tuning.studies import Runner, note_entry, open_study
 from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
@@ -68,6 +68,8 @@ ZOO_KEYS = frozenset(
         "vec_env_wrapper",
     }
 )
+#: Arguments of the constructor that the zoo gives by itself; with one of an entry they would be given twice.
+GIVEN_BY_THE_ZOO = frozenset({"env", "device", "seed", "tensorboard_log", "verbose", "_init_setup_model"})
 COMMANDS = {
     "train": "rl_zoo3.train",
     "enjoy": "rl_zoo3.enjoy",
@@ -256,6 +258,10 @@ def _run_settings(manager: Any) -> dict[str, str]:
         "n_timesteps": manager.n_timesteps,
         "env_kwargs": manager.env_kwargs,
         "eval_env_kwargs": manager.eval_env_kwargs,
+        "eval_freq": manager.eval_freq,
+        "eval_episodes": manager.n_eval_episodes,
+        "n_eval_envs": manager.n_eval_envs,
+        "trained_agent": manager.trained_agent and str(Path(manager.trained_agent).resolve()),
         "vec_env": manager.vec_env_class.__name__,
         "callbacks": [type(callback).__name__ for callback in manager.callbacks],
     }
@@ -322,6 +328,9 @@ def _with_checked_keys(read_hyperparameters: Callable[[Any], Any]) -> Callable[[
             return read_hyperparameters(manager)
         _load_trial(manager, read)
         hyperparams, saved_hyperparams = read(manager)
+        hyperparams = dict(hyperparams)  # of a module it is the module's own, and the zoo takes it apart
+        if manager._eval_env_kwargs_args is None and "env_kwargs" in hyperparams:
+            manager.eval_env_kwargs = hyperparams["env_kwargs"]  # as for those of the command line
         manager.trial_seeds = _check_trial_seeds(hyperparams.pop("trial_seeds", DEFAULT_SEEDS))
         check_hyperparameter_keys(hyperparams)
         saved_hyperparams.pop("trial_seeds", None)
@@ -379,7 +388,7 @@ def check_hyperparameter_keys(hyperparams: dict[str, Any]) -> None:
     :param hyperparams: The entry of one environment
     :raises ValueError: if there is another key, or one that each entry needs is missing
     """
-    arguments = set(inspect.signature(LectureDQN).parameters) - {"env", "_init_setup_model"}
+    arguments = set(inspect.signature(LectureDQN).parameters) - GIVEN_BY_THE_ZOO
     for key in hyperparams:
         if key not in arguments | ZOO_KEYS:
             raise ValueError(f"unknown hyperparameter {key!r}, may be one of {', '.join(sorted(arguments | ZOO_KEYS))}")
@@ -453,6 +462,7 @@ def _with_a_safe_study(optimize: Callable[[Any], None]) -> Callable[[Any], None]
         try:
             storage = open_storage(manager.storage)
             study = open_study(storage, manager.study_name, scoring_of(manager))
+            note_entry(study, entry_in_words(manager))
         except TuningError as error:
             raise SystemExit(f"error: {error}") from error
         if isinstance(storage, PatientStorage):
@@ -480,6 +490,16 @@ def scoring_of(manager: Any) -> dict[str, Any]:
         "eval_episodes": manager.n_eval_episodes,
         "seeds": [FIRST_SEED + index for index in range(manager.trial_seeds)],
     }
+
+
+def entry_in_words(manager: Any) -> dict[str, str]:
+    """
+    Say what a hyperparameter entry holds, in words that two entries can be compared by.
+
+    :param manager: An ``ExperimentManager`` after ``setup_experiment``
+    :return: The words of each value
+    """
+    return {name: in_few_words(value) for name, value in manager.given_hyperparams.items()}
 
 
 def _as_json(value: Any) -> Any:

@@ -283,9 +283,7 @@ def test_an_episode_that_had_ended_is_not_ended_again(is_terminated: bool) -> No
 
 def test_a_discount_that_the_targets_do_not_have_is_named() -> None:
     kwargs = {"n_steps": 3, "gamma": 0.5}
-    with pytest.warns(
-        UserWarning, match=r"the targets are those of replay_buffer_kwargs, .*'gamma': 0\.5.* not of"
-    ):
+    with pytest.warns(UserWarning, match=r"the targets are those of replay_buffer_kwargs, .*'gamma': 0\.5.* not of"):
         LectureDQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=kwargs)
 
 

@@ -172,19 +172,20 @@ def test_a_replay_buffer_of_the_users_class_is_continued(tmp_path: Path) -> None
 
 
 class Mirroring(LectureDQN):
-    """A user's class that stores each transition twice, once in a mirror."""
+    """A user's class that stores each transition three times, twice in a mirror."""
 
     def _store_transition(self, replay_buffer: Any, buffer_action: Any, new_obs: Any, *args: Any) -> None:  # type: ignore[override]
-        replay_buffer.add(-self._last_obs, -new_obs, buffer_action, *args)
+        for factor in (-1, 2):
+            replay_buffer.add(factor * self._last_obs, factor * new_obs, buffer_action, *args)
         super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
 
 
 def test_a_buffer_that_a_subclass_fills_faster_is_continued(tmp_path: Path) -> None:
     def build() -> LectureDQN:
-        return Mirroring("MlpPolicy", "CartPole-v1", **{**SMALL, "buffer_size": 200})
+        return Mirroring("MlpPolicy", "CartPole-v1", **{**SMALL, "buffer_size": 400})
 
-    expected = run(build, 700, tmp_path / "reference", save_freq=200)
-    assert differences(expected, interrupted_run(build, 700, tmp_path / "run", 550, save_freq=200)) == []
+    expected = run(build, 900, tmp_path / "reference", save_freq=200)
+    assert differences(expected, interrupted_run(build, 900, tmp_path / "run", 720, save_freq=200)) == []
 
 
 class Decaying(LectureDQN):

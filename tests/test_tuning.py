@@ -28,7 +28,7 @@ from sb3_lecture_dqn.tuning import studies
 from sb3_lecture_dqn.tuning.driver import Outcome
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import hold, let_go, open_storage, put_back, wait_for_outages
-from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, open_study
+from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, note_entry, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
 SEARCH = ["-optimize", "--no-optim-plots", "-n", "200", "--eval-episodes", "1", "--n-evaluations", "1", "--pruner", "none"]
@@ -582,6 +582,59 @@ def test_a_hyperparameter_file_that_cannot_be_used_gets_one_line_and_leaves_noth
     (tmp_path / name).write_text(content)
     assert reason in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "1", "--conf-file", name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+BLOCK = """\
+CartPole-v1:
+  batch_size: 8
+  policy_kwargs: |
+    dict(net_arch=[8])
+# of all things
+Acrobot-v1: {batch_size: 7}
+"""
+
+
+@pytest.mark.parametrize("before", [BLOCK, BLOCK.replace("# of all things\n", ""), BLOCK.replace("|", ">-")])
+def test_an_entry_that_ends_in_a_block_of_text_is_replaced_alone(
+    before: str, study_with_two_trials: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_text(before)
+    assert tune.main([*study_with_two_trials, "--output", str(file), "--replace"]) == 0
+    assert file.read_text().startswith(before[before.index("[8])\n") + 5 :])
+
+
+def test_the_best_entry_is_written_into_what_the_zoo_reads_as_one(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "mine.py"
+    assert "must end in .yml or .yaml" in one_line_error(capsys, *study_with_two_trials, "--output", str(output))
+    assert not output.exists()
+
+
+def test_the_best_trial_is_not_put_into_an_entry_that_its_search_did_not_start_from(
+    study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf_file, output = tmp_path / "conf.yml", tmp_path / "mine.yml"
+    conf_file.write_text("CartPole-v1: {n_timesteps: 200, policy: MlpPolicy, normalize: true, batch_size: 7}")
+    settings = zoo.TrialSettings("CartPole-v1", conf_file=str(conf_file))
+    study = optuna.load_study(study_name="best", storage=study_with_two_trials[2])
+    note_entry(study, zoo.entry_in_words(zoo.make_manager(settings, str(tmp_path / "zoo"))))
+    message = one_line_error(capsys, *study_with_two_trials, "--output", str(output))
+    assert "must hold the entry that study 'best' was searched from" in message
+    conf_file.write_text(conf_file.read_text().replace("batch_size: 7", "batch_size: 8"))  # which the trials draw
+    assert tune.main([*study_with_two_trials, "-conf", str(conf_file), "--output", str(output)]) == 0
+    assert yaml.safe_load(output.read_text())["CartPole-v1"]["normalize"] is True
+
+
+def test_an_entry_of_a_module_is_read_as_often_as_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "entries_of_a_module.py").write_text(
+        "hyperparams = {'CartPole-v1': dict(n_timesteps=90, policy='MlpPolicy', normalize=True)}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = zoo.TrialSettings("CartPole-v1", conf_file="entries_of_a_module")
+    managers = [zoo.make_manager(settings, str(tmp_path)) for _ in range(3)]
+    assert [(manager.n_timesteps, manager.normalize) for manager in managers] == [(90, True)] * 3
 
 
 def test_an_entry_that_others_refer_to_is_not_replaced(

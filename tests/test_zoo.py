@@ -179,6 +179,22 @@ def test_an_unknown_hyperparameter_is_named_and_nothing_is_written(train_in_proc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_zoo_gives_by_itself_is_no_hyperparameter(train_in_process: Any) -> None:
+    with pytest.raises(ValueError, match="unknown hyperparameter 'seed', may be one of batch_size") as error:
+        train_in_process("--env", "CartPole-v1", "-n", "60", "-params", "seed:3")
+    assert not any(name in str(error.value) for name in ("device", "verbose", "tensorboard_log"))
+
+
+def test_an_evaluation_has_the_arguments_that_an_entry_gives_its_environment(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_text("CartPole-v1: {n_timesteps: 9, policy: MlpPolicy, env_kwargs: {sutton_barto_reward: true}}")
+    manager = zoo.make_manager(zoo.TrialSettings("CartPole-v1", conf_file=str(file)), str(tmp_path))
+    for is_evaluation in (False, True):
+        env = manager.create_envs(1, eval_env=is_evaluation, no_log=True)
+        env.reset()
+        assert env.step(np.zeros(1, int))[1] == 0  # Sutton and Barto's reward is 0 until the pole falls
+
+
 @pytest.mark.parametrize("mistake", ["gamma:1.5", "batch_size:0", "policy_kwargs:dict(net_arch=[0])"])
 def test_a_training_that_cannot_begin_leaves_the_runs_that_are_there(
     train_in_process: Any, tmp_path: Path, mistake: str
@@ -361,10 +377,25 @@ def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monk
             ("-n", "60", "--env-kwargs", "sutton_barto_reward:True"),
             "env_kwargs must be {}, .*, got {sutton_barto_reward: True};",
         ),
+        (("-n", "60", "--eval-freq", "20"), "eval_freq must be -1, .*, got 20;"),
+        (("-n", "60", "--eval-episodes", "9"), "eval_episodes must be 5, .*, got 9;"),
+        (("-n", "60", "--n-eval-envs", "2"), "n_eval_envs must be 1, .*, got 2;"),
+        (("-n", "60", "-i", "agent.zip"), "trained_agent must be '', .*, got '.*agent.zip';"),
         (("-n", "60", "--vec-env", "subproc"), "vec_env must be 'DummyVecEnv', .*, got 'SubprocVecEnv';"),
         (("-n", "60", "--save-freq", "10"), "callbacks must be .*'ResumableCheckpointCallback'.*, got .*'CheckpointCallback'"),
     ],
-    ids=["hyperparameter", "new hyperparameter", "steps", "environment", "processes", "callbacks"],
+    ids=[
+        "hyperparameter",
+        "new hyperparameter",
+        "steps",
+        "environment",
+        "evaluations",
+        "their episodes",
+        "their environments",
+        "another agent",
+        "processes",
+        "callbacks",
+    ],
 )
 def test_a_refused_restart_leaves_every_file_as_it_was(
     train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...], message: str
@@ -372,6 +403,7 @@ def test_a_refused_restart_leaves_every_file_as_it_was(
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
+    LectureDQN("MlpPolicy", "CartPole-v1").save("agent")
     monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
     train_in_process(*SHORT, "-n", "60")
     before = files()
@@ -519,6 +551,7 @@ def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:
     created = inspect.getsource(exp_manager.ExperimentManager)
     attributes = ["save_path", "params_path", "seed", "save_freq", "callbacks", "optimize_hyperparameters", "env_name"]
     attributes += ["n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env_class", "custom_hyperparams", "n_envs"]
+    attributes += ["n_eval_envs", "eval_freq", "trained_agent", "_eval_env_kwargs_args"]
     attributes += ["n_evaluations", "n_eval_episodes", "optimization_log_path", "n_jobs", "n_trials", "max_total_trials"]
     attributes += ["storage", "study_name", "trial_id", "sampler", "pruner"]
     for attribute in attributes:

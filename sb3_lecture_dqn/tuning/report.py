@@ -17,6 +17,7 @@ from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params
 from sb3_lecture_dqn.tuning.storage import TuningError
+from sb3_lecture_dqn.tuning.studies import check_entry
 
 #: A line of progress at least so often.
 QUIET_SECONDS = 60.0
@@ -133,7 +134,7 @@ def best_entry(study: optuna.Study, settings: zoo.TrialSettings) -> dict[str, An
     :param study: The study
     :param settings: Which environment it is of, and the file of the entry that the search started from
     :return: That entry, with the trial's values
-    :raises TuningError: if no trial is complete
+    :raises TuningError: if no trial is complete, or that is not the entry that the search started from
     """
     try:
         params = study.best_trial.params
@@ -142,7 +143,9 @@ def best_entry(study: optuna.Study, settings: zoo.TrialSettings) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         manager = zoo.make_manager(settings, folder)
     entry = zoo.read_entry(manager)
-    drawn = zoo.keep_policy_kwargs(entry, convert_lecture_dqn_params(params))
+    converted = convert_lecture_dqn_params(params)
+    check_entry(study, zoo.entry_in_words(manager), {*converted, "n_timesteps"} - {"policy_kwargs"})
+    drawn = zoo.keep_policy_kwargs(entry, converted)
     return {**entry, "n_timesteps": manager.n_timesteps, **drawn}
 
 
@@ -190,6 +193,7 @@ def _without_entry(text: str, env_id: str) -> str:
 def _last_line(node: Any) -> int:
     # a block's own end mark lies after the comments that follow it
     if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
-        return int(node.end_mark.line)
+        is_block_of_text = node.end_mark.column == 0 and node.end_mark.line > node.start_mark.line
+        return int(node.end_mark.line) - int(is_block_of_text)  # which has ended in the line before
     last = node.value[-1]
     return _last_line(last[1] if isinstance(last, tuple) else last)

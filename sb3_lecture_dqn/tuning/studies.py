@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 
 from sb3_lecture_dqn.processes import here, is_alive
+from sb3_lecture_dqn.resume.run_settings import NOT_GIVEN
 from sb3_lecture_dqn.tuning.storage import (
     TuningError,
     first_line,
@@ -25,6 +26,8 @@ from sb3_lecture_dqn.tuning.storage import (
 
 #: Study attribute that says what its scores mean.
 SCORING = "lecture_dqn_scoring"
+#: Study attribute with the hyperparameter entry that its search started from, in words.
+ENTRY = "lecture_dqn_entry"
 #: Prefix of the study attributes in which those who run trials say that they live.
 RUNNER = "lecture_dqn_runner_"
 BEAT_SECONDS = 15.0
@@ -76,6 +79,36 @@ def check_study(study: optuna.Study, scoring: Mapping[str, Any]) -> None:
             raise TuningError(
                 f"study {study.study_name!r} was made with {key} {recorded.get(key)!r}, got {value!r}: "
                 "choose another --study-name"
+            )
+
+
+def note_entry(study: optuna.Study, entry: Mapping[str, str]) -> None:
+    """
+    Note, once, the hyperparameter entry that a search starts from.
+
+    :param study: The study
+    :param entry: The entry, in words
+    """
+    if ENTRY not in study.user_attrs:
+        study.set_user_attr(ENTRY, dict(entry))
+
+
+def check_entry(study: optuna.Study, entry: Mapping[str, str], names: Collection[str]) -> None:
+    """
+    Check that an entry is the one that a search started from, as far as that is noted.
+
+    :param study: The study
+    :param entry: The entry, in words
+    :param names: What is not compared, since the trials have values of their own
+    :raises TuningError: if the entries differ
+    """
+    noted = study.user_attrs.get(ENTRY, entry)
+    for name in sorted({*noted, *entry} - set(names)):
+        before, now = noted.get(name, NOT_GIVEN), entry.get(name, NOT_GIVEN)
+        if before != now:
+            raise TuningError(
+                f"--conf-file must hold the entry that study {study.study_name!r} was searched from: there {name} was "
+                f"{before}, got {now}"
             )
 
 
