@@ -1,5 +1,6 @@
 """The replay buffer D (L11) with each transition in one place of memory, so that drawing a batch is one read a transition."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,9 @@ def end_last_episodes(replay_buffer: ReplayBuffer) -> None:
     :param replay_buffer: The buffer
     """
     if isinstance(replay_buffer, HerReplayBuffer):
-        replay_buffer.truncate_last_trajectory()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its advice is on loading a buffer
+            replay_buffer.truncate_last_trajectory()
         return
     follows_rows = replay_buffer.optimize_memory_usage or isinstance(replay_buffer, NStepReplayBuffer)
     if not follows_rows or replay_buffer.size() == 0:

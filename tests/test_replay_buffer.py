@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from scripted_envs import CountingEnv
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_lecture_dqn import LectureDQN
@@ -296,3 +298,13 @@ def test_a_loaded_model_with_another_discount_is_told_that_its_targets_keep_thei
         warnings.simplefilter("error")
         loaded = LectureDQN.load(tmp_path / "model", gamma=0.5, replay_buffer_kwargs={})
     assert loaded.replay_buffer.gamma == 0.5  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:The last trajectory in the replay buffer will be truncated")
+def test_no_goal_of_hindsight_comes_from_behind_the_reset_between_two_trainings() -> None:
+    env = BitFlippingEnv(n_bits=20, continuous=False, max_steps=10)
+    model = LectureDQN(
+        "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=100, buffer_size=50, seed=0
+    )
+    replay_buffer: Any = model.learn(16).learn(16).replay_buffer
+    assert replay_buffer.ep_length[:26, 0].tolist() == 10 * [10] + 6 * [6] + 10 * [10]
