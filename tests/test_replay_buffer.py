@@ -300,7 +300,7 @@ def test_a_loaded_model_with_another_discount_is_told_that_its_targets_keep_thei
     assert loaded.replay_buffer.gamma == 0.5  # type: ignore[union-attr]
 
 
-@pytest.mark.filterwarnings("ignore:The last trajectory in the replay buffer will be truncated")
+@pytest.mark.filterwarnings("error")
 def test_no_goal_of_hindsight_comes_from_behind_the_reset_between_two_trainings() -> None:
     env = BitFlippingEnv(n_bits=20, continuous=False, max_steps=10)
     model = LectureDQN(
