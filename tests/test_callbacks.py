@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch as th
-from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
 from gymnasium.wrappers import TimeLimit, TransformReward
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.logger import configure
@@ -111,6 +111,27 @@ def test_alone_it_makes_the_training_environment_again_with_its_wrappers(tmp_pat
     assert line["eval/discounted_return"] == pytest.approx(2 * FIVE_REWARDS)
 
 
+def test_the_environment_that_it_made_is_closed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[CartPoleEnv] = []
+    monkeypatch.setattr(CartPoleEnv, "close", lambda env: closed.append(env))
+    model = make_model("CartPole-v1")
+    run(model, OverestimationCallback(eval_freq=20), tmp_path)
+    assert len(closed) == 1
+    assert model.env is not None
+    assert closed != model.env.get_attr("unwrapped")  # which stays open
+
+
+def test_a_seeded_run_logs_the_same_gaps_again(tmp_path: Path) -> None:
+    def gaps(folder: Path) -> list[float]:
+        model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=1_000, seed=0)
+        lines = run(model, OverestimationCallback(eval_freq=10, n_eval_episodes=1), folder)
+        return [line["eval/overestimation"] for line in lines]
+
+    first, second = gaps(tmp_path / "first"), gaps(tmp_path / "second")
+    assert len(first) == 2
+    assert first == second
+
+
 @pytest.mark.parametrize("eval_freq", [0, -1])
 def test_an_eval_callback_that_never_evaluates_gives_no_frequency(eval_freq: int, tmp_path: Path) -> None:
     eval_callback = EvalCallback(make_env(), eval_freq=eval_freq, warn=False, verbose=0)
@@ -132,12 +153,22 @@ def test_a_pause_between_two_episodes_is_none(tmp_path: Path) -> None:
     assert sum(GAMMA**t for t in range(8)) <= line["eval/discounted_return"] <= sum(GAMMA**t for t in range(10))
 
 
-def test_the_return_is_in_the_unit_of_normalised_rewards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm_reward", [False, True])
+def test_the_return_is_in_the_unit_of_normalised_rewards(norm_reward: bool, tmp_path: Path) -> None:
     env = VecNormalize(DummyVecEnv([make_env]), norm_obs=False, training=False, epsilon=0.0)
     env.ret_rms.var = np.array(4.0)  # rewards are divided by 2
-    eval_env = VecNormalize(DummyVecEnv([make_env]), norm_obs=False, norm_reward=False, training=False)
+    # one that normalises them itself must not have them divided twice
+    eval_env = VecNormalize(DummyVecEnv([make_env]), norm_obs=False, norm_reward=norm_reward, training=False, epsilon=0.0)
     (line,) = run(make_model(env), OverestimationCallback(eval_env, eval_freq=20), tmp_path)
     assert line["eval/discounted_return"] == pytest.approx(FIVE_REWARDS / 2)
+
+
+def test_an_evaluation_normalises_observations_as_the_training_does(tmp_path: Path) -> None:
+    env = VecNormalize(DummyVecEnv([make_env]))
+    eval_env = VecNormalize(DummyVecEnv([make_env]), training=False)
+    run(make_model(env), OverestimationCallback(eval_env, eval_freq=20), tmp_path)
+    np.testing.assert_array_equal(eval_env.obs_rms.mean, env.obs_rms.mean)
+    np.testing.assert_array_equal(eval_env.obs_rms.var, env.obs_rms.var)
 
 
 def test_it_changes_nothing_in_the_training(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
-from sb3_lecture_dqn.resume import checkpoint_files
+from sb3_lecture_dqn.resume import checkpoint_files, checkpoints
 from sb3_lecture_dqn.resume.checkpoint_files import (
     SHARED_FOLDER,
     DamagedCheckpointError,
@@ -416,6 +417,14 @@ def test_the_manifest_is_readable_and_says_what_the_run_was(tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "checkpoint_0" / "manifest.json").read_text())
     assert manifest["facts"]["settings"]["gamma"] == "0.99"
     assert set(manifest["facts"]["versions"]) >= {"PyTorch", "Stable-Baselines3"}
+
+
+def test_a_run_that_goes_on_with_another_version_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(small_model, 60, tmp_path)
+    versions = {**checkpoints._versions(), "numpy": "0.0"}
+    monkeypatch.setattr(checkpoints, "_versions", lambda: versions)
+    with pytest.warns(UserWarning, match=rf"made with numpy {re.escape(np.__version__)} and this is 0\.0: the run goes on"):
+        run(small_model, 60, tmp_path)
 
 
 # --- Settings -------------------------------------------------------------------------------------------------------------

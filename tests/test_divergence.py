@@ -14,7 +14,9 @@ from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_lecture_dqn import DivergenceError, LectureDQN, ResumableCheckpointCallback, divergence
 from sb3_lecture_dqn.metrics import RunningMeans
@@ -83,6 +85,37 @@ def test_it_is_noticed_before_learning_starts_too() -> None:
     assert model.num_timesteps <= 50  # the first episode's end
 
 
+def test_the_step_counts_the_steps_of_all_environments() -> None:
+    env = make_vec_env(lambda: PoisonedEnv(reward=float("nan"), poisoned_from=30), n_envs=3)
+    model = make_model(env, learning_starts=10_000)
+    with pytest.raises(DivergenceError, match="rewards of the environment are not finite since step 90;"):
+        model.learn(120, log_interval=1_000)
+
+
+def test_a_ring_that_began_anew_is_still_looked_at() -> None:
+    env = PoisonedEnv(observation=float("nan"), poisoned_from=70)
+    model = make_model(env, buffer_size=64, learning_starts=10_000).learn(50)
+    with pytest.raises(DivergenceError, match="observations of the environment are not finite since step 70;"):
+        model.learn(40, reset_num_timesteps=False)
+
+
+def test_a_ring_that_was_filled_between_two_looks_is_looked_at_whole() -> None:
+    env = PoisonedEnv(reward=float("nan"), poisoned_from=30)
+    model = make_model(env, buffer_size=20, learning_starts=10_000)
+    with pytest.raises(DivergenceError, match="rewards of the environment are not finite"):
+        model.learn(40, log_interval=1_000)
+
+
+def test_a_smaller_buffer_in_the_place_of_another_is_looked_at() -> None:
+    env = PoisonedEnv()
+    model = make_model(env, learning_starts=10_000).learn(60)
+    model.buffer_size = 50
+    del model.replay_buffer
+    env.reward, env.poisoned_from = float("nan"), 0
+    with pytest.raises(DivergenceError, match="rewards of the environment are not finite since step 61;"):
+        model.learn(10, reset_num_timesteps=False)
+
+
 class BreakNetwork(BaseCallback):
     """Puts a value that is not finite into θ at a step."""
 
@@ -108,6 +141,14 @@ def test_a_loss_that_is_not_finite_is_named_with_its_gradient_steps(activation_f
     assert "learning_rate too high" in str(error.value)
 
 
+@pytest.mark.parametrize("optimize_memory_usage", [False, True])
+def test_only_a_buffer_that_drops_nothing_is_called_finite(optimize_memory_usage: bool) -> None:
+    model = make_model(PoisonedEnv(), optimize_memory_usage=optimize_memory_usage)
+    with pytest.raises(DivergenceError, match="the loss is nan at step") as error:
+        model.learn(300, callback=BreakNetwork(50))
+    assert ("rewards and observations are finite" in str(error.value)) == (not optimize_memory_usage)
+
+
 def test_an_exploding_q_is_told_from_a_large_one() -> None:
     env = PoisonedEnv(reward=1e4, poisoned_from=0)
     model = make_model(env, gamma=0.9, learning_rate=0.05)
@@ -118,6 +159,26 @@ def test_an_exploding_q_is_told_from_a_large_one() -> None:
         model.q_net_target.q_net[-1].bias += 1e9
     with pytest.raises(DivergenceError, match=r"Q explodes, its size is .* where the rewards allow 1e\+05"):
         model.learn(500, reset_num_timesteps=False)
+
+
+def test_an_explosion_is_judged_by_the_rewards_that_the_update_sees() -> None:
+    env = VecNormalize(make_vec_env(lambda: PoisonedEnv(reward=1e6, poisoned_from=0)), norm_obs=False)
+    model = make_model(env, gamma=0.9).learn(200)
+    with th.no_grad():
+        model.q_net.q_net[-1].bias += 1e6
+        model.q_net_target.q_net[-1].bias += 1e6
+    with pytest.raises(DivergenceError, match="Q explodes"):
+        model.learn(300, reset_num_timesteps=False)
+
+
+def test_normalised_observations_change_nothing_in_what_the_rewards_allow() -> None:
+    env = VecNormalize(make_vec_env(lambda: PoisonedEnv(reward=1e6, poisoned_from=0)), norm_reward=False)
+    model = make_model(env, gamma=0.9)
+    with th.no_grad():
+        model.q_net.q_net[-1].bias += 1e7
+        model.q_net_target.q_net[-1].bias += 1e7
+    model.learn(300)
+    assert model._n_updates == 290
 
 
 def test_numbers_that_go_wrong_in_the_last_steps_are_noticed() -> None:

@@ -226,6 +226,14 @@ def test_what_is_no_gymnasium_environment_gets_sb3s_answer() -> None:
         LectureDQN("MlpPolicy", object(), **SMALL)  # type: ignore[arg-type]
 
 
+def test_an_n_step_buffer_with_arguments_of_its_own_keeps_them() -> None:
+    settings: dict[str, Any] = {**SMALL, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.5}}
+    with pytest.warns(UserWarning, match="`n_steps=5` is ignored"):
+        model = LectureDQN("MlpPolicy", "CartPole-v1", n_steps=5, replay_buffer_class=NStepReplayBuffer, **settings)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (3, 0.5)
+
+
 def test_n_steps_beside_a_replay_buffer_of_the_users_own_warn_as_in_sb3() -> None:
     class OwnBuffer(NStepReplayBuffer):
         pass

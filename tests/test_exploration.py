@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from scripted_envs import CountingEnv
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.lecture_dqn import epsilon_greedy
@@ -114,6 +115,9 @@ def test_epsilon_falls_linearly_over_its_fraction_and_starts_at_its_initial_valu
     # a second training starts its schedule again, from its first step on
     model.learn(100)
     assert rates[100] == pytest.approx(0.9)
+    # one that goes on has its place in a schedule of 400 steps, from its first step on too
+    model.learn(300, reset_num_timesteps=False)
+    assert rates[200] == pytest.approx(0.5)
 
 
 def trained_parameters(disturb: bool, **kwargs: Any) -> list[np.ndarray]:
@@ -172,6 +176,17 @@ def test_a_list_is_an_observation_too(deterministic: bool) -> None:
     action, _ = model.predict([0.0, 0.1, 0.0, 0.1], deterministic=deterministic)  # type: ignore[arg-type]
     assert action.shape == ()
     assert action in (0, 1)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_lists_in_a_dictionary_are_an_observation_too(deterministic: bool) -> None:
+    env = SimpleMultiObsEnv()
+    model = LectureDQN("MultiInputPolicy", env, buffer_size=10, seed=0)
+    model.exploration_rate = 0.5
+    observation: Any = {name: part.tolist() for name, part in env.reset(seed=0)[0].items()}
+    action, _ = model.predict(observation, deterministic=deterministic)
+    assert action.shape == ()
+    assert model.action_space.contains(action)
 
 
 def test_an_interruption_at_any_moment_leaves_numpys_global_generator_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.fast.acting import FastActing
-from sb3_lecture_dqn.policies import MlpPolicy
+from sb3_lecture_dqn.policies import MlpPolicy, QNetwork
 
 # a final layer that is not small, so that Q values differ between the actions
 WIDE = {"final_layer_std": 0.5}
@@ -262,26 +262,53 @@ class OwnTensors(MlpPolicy):
         return super().obs_to_tensor(-observation)
 
 
-class OwnPrediction(MlpPolicy):
-    def _predict(self, observation: Any, deterministic: bool = True) -> th.Tensor:
-        return th.ones(len(observation), dtype=th.long)
-
-
 @pytest.mark.parametrize(
     "model",
     [
         lambda: model_of(activation_fn=nn.Tanh),
         lambda: model_of(activation_fn=lambda: nn.LeakyReLU(2.0)),
-        lambda: LectureDQN(OwnPrediction, "CartPole-v1"),
         lambda: LectureDQN(OwnTensors, "CartPole-v1"),
     ],
-    ids=["tanh", "steep", "own prediction", "own tensors"],
+    ids=["tanh", "steep", "own tensors"],
 )
 def test_the_policy_acts_itself_where_fast_acting_does_not_fit(model: Any) -> None:
     model = model()
     assert FastActing.for_policy(model.policy) is None
     model.learn(20)
     assert model.num_timesteps == 20
+
+
+class OwnPrediction(MlpPolicy):
+    def _predict(self, observation: Any, deterministic: bool = True) -> th.Tensor:
+        return th.ones(len(observation), dtype=th.long)
+
+
+class OwnPredict(MlpPolicy):
+    def predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+        return np.ones(len(observation), dtype=np.int64), None
+
+
+class QNetworkWithAPrediction(QNetwork):
+    def _predict(self, observation: Any, deterministic: bool = True) -> th.Tensor:
+        return th.ones(len(observation), dtype=th.long)
+
+
+class PolicyOfSuchANetwork(MlpPolicy):
+    def make_q_net(self) -> QNetwork:
+        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        return QNetworkWithAPrediction(**net_args).to(self.device)
+
+
+@pytest.mark.parametrize("policy", [OwnPrediction, OwnPredict, PolicyOfSuchANetwork])
+def test_a_prediction_of_a_users_own_acts(policy: type[MlpPolicy]) -> None:
+    settings: dict[str, Any] = {"learning_starts": 0, "gradient_steps": 0, "exploration_initial_eps": 0.0}
+    model = LectureDQN(policy, "CartPole-v1", exploration_final_eps=0.0, seed=0, **settings)
+    with th.no_grad():
+        model.q_net.q_net[-1].bias.copy_(th.tensor([1e3, 0.0]))  # argmax Q is the other action
+    model.learn(20)
+    assert model._fast_acting is None
+    assert model.replay_buffer is not None
+    assert (model.replay_buffer.actions[:20] == 1).all()
 
 
 @pytest.mark.parametrize("trained_before", [0, 20])

@@ -415,6 +415,10 @@ def set_amsgrad(model: LectureDQN) -> None:
         state["max_exp_avg_sq"] = th.ones_like(state["exp_avg_sq"])
 
 
+def turn_the_optimizer_round(model: LectureDQN) -> None:
+    model.policy.optimizer.param_groups[0]["maximize"] = True
+
+
 def register_a_hook_of_a_parameter(model: LectureDQN) -> None:
     model.q_net.q_net[0].weight.register_hook(lambda gradient: -gradient)
 
@@ -429,6 +433,14 @@ def register_a_hook_after_accumulation(model: LectureDQN) -> None:
 
 def register_a_backward_pre_hook(model: LectureDQN) -> None:
     model.q_net.q_net[0].register_full_backward_pre_hook(lambda module, gradients: (-gradients[0],))
+
+
+def register_a_full_backward_hook(model: LectureDQN) -> None:
+    model.q_net.q_net[3].register_full_backward_hook(lambda module, gradients, _: (-gradients[0],))
+
+
+def register_a_hook_of_the_target(model: LectureDQN) -> None:
+    model.q_net_target.q_net[0].register_forward_hook(lambda module, inputs, output: -output)
 
 
 def register_a_hook_of_the_optimizer(model: LectureDQN) -> None:
@@ -469,6 +481,21 @@ def set_the_slope_of_an_activation(model: LectureDQN) -> None:
     model.q_net.q_net[2].negative_slope = 0.9
 
 
+def set_the_epsilon_of_a_layer_norm(model: LectureDQN) -> None:
+    model.q_net.q_net[1].eps = 0.5
+
+
+def put_the_parameters_elsewhere(model: LectureDQN) -> None:
+    for theta in model.q_net.parameters():
+        theta.data = theta.data + 1
+
+
+def put_the_targets_parameters_elsewhere(model: LectureDQN) -> None:
+    """As a hard copy does that assigns to ``data``."""
+    for psi, theta in zip(model.q_net_target.parameters(), model.q_net.parameters(), strict=True):
+        psi.data = theta.data + 1
+
+
 def take_another_target_network_in_the_algorithm_alone(model: LectureDQN) -> None:
     model.q_net_target = copy.deepcopy(model.q_net)
     model.q_net_target.q_net[-1].bias.data.fill_(1.0)
@@ -487,15 +514,21 @@ def exchange_a_layer_norm(model: LectureDQN) -> None:
         take_another_adam,
         set_weight_decay,
         set_amsgrad,
+        turn_the_optimizer_round,
         register_a_hook_of_a_parameter,
         register_a_hook_after_accumulation,
         register_a_backward_pre_hook,
+        register_a_full_backward_hook,
+        register_a_hook_of_the_target,
         register_a_hook_of_the_optimizer,
         exchange_a_layer_norm,
         turn_the_optimizers_step_round,
         double_a_layers_outputs,
         double_the_targets_features,
         set_the_slope_of_an_activation,
+        set_the_epsilon_of_a_layer_norm,
+        put_the_parameters_elsewhere,
+        put_the_targets_parameters_elsewhere,
         take_another_target_network_in_the_algorithm_alone,
     ],
 )
@@ -597,7 +630,21 @@ class NegativePolicy(LectureDQNPolicy):
         return q_net
 
 
-@pytest.mark.parametrize("policy", [DuelingPolicy, NegativePolicy])
+class PolicyWithoutABias(LectureDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        q_net = super().make_q_net()
+        q_net.q_net[0] = nn.Linear(4, 256, bias=False)
+        return q_net
+
+
+class PolicyWithoutABiasOfALayerNorm(LectureDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        q_net = super().make_q_net()
+        q_net.q_net[1] = nn.LayerNorm(256, bias=False)
+        return q_net
+
+
+@pytest.mark.parametrize("policy", [DuelingPolicy, NegativePolicy, PolicyWithoutABias, PolicyWithoutABiasOfALayerNorm])
 def test_a_head_of_a_users_own_is_trained_and_acts_by_itself(policy: type[LectureDQNPolicy]) -> None:
     model = LectureDQN(policy, "CartPole-v1", learning_starts=20, seed=0)
     before = [parameter.clone() for parameter in model.q_net.parameters()]
@@ -624,6 +671,30 @@ def test_a_policy_in_a_wrapper_like_that_of_torch_compile_is_trained() -> None:
     model.learn(60)
     assert model._n_updates == 40
     assert model._fast_update is None
+
+
+class EncoderInFloat64(FlattenExtractor):
+    """Computes in float64 and gives float32."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        self.linear = nn.Linear(4, 4, dtype=th.float64)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features: th.Tensor = self.linear(super().forward(observations).double())
+        return features.float()
+
+
+def test_a_network_of_two_precisions_is_trained_in_both() -> None:
+    policy_kwargs = {"features_extractor_class": EncoderInFloat64}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", policy_kwargs=policy_kwargs, learning_starts=20, seed=0)
+    before = [parameter.clone() for parameter in model.q_net.parameters()]
+    model.learn(60)
+    assert model._n_updates == 40
+    assert model._fast_update is None
+    for a, b in zip(before, model.q_net.parameters(), strict=True):
+        assert a.dtype == b.dtype
+        assert not th.equal(a, b)
 
 
 def test_parameters_in_shared_memory_stay_there() -> None:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from scripted_envs import CountingEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -189,6 +190,18 @@ def test_gymnasiums_own_cart_pole_vector_environment_is_learned_from_and_its_pau
     assert min(lengths) >= 8  # no pole falls sooner
 
 
+def test_a_reset_ends_the_pauses() -> None:
+    env = GymVectorVecEnv(CartPoleVectorEnv(num_envs=1))
+    env.seed(0)
+    env.reset()
+    while not env.step(np.array([0]))[2].any():
+        pass
+    env.reset()
+    _, rewards, dones, infos = env.step(np.array([0]))
+    assert (rewards.tolist(), dones.tolist()) == ([1.0], [False])
+    assert "is_pause" not in infos[0]
+
+
 class IgnoresTheMask(ResetsInTheNextStep):
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.DISABLED}
 
@@ -199,6 +212,28 @@ def test_disabled_autoreset_without_a_reset_of_some_is_refused() -> None:
     env.reset()
     with pytest.raises(ValueError, match=r"env must be able to reset some of its sub-environments alone"):
         [env.step(np.array([0, 1, 0])) for _ in range(12)]  # a pole that is pushed one way all the time falls in steps 8 to 10
+
+
+class PartlyBlind(CountingEnv):
+    """Has a sensor that sees nothing."""
+
+    def _observation(self) -> np.ndarray:
+        return np.array([np.nan, self.step_count], dtype=np.float32)
+
+
+def test_what_is_not_a_number_is_not_taken_for_a_reset_of_all() -> None:
+    make_envs = [lambda: PartlyBlind(length=2), lambda: PartlyBlind(length=5)]
+    env = GymVectorVecEnv(SyncVectorEnv(make_envs, autoreset_mode=AutoresetMode.DISABLED))
+    env.reset()
+    observations = [env.step(np.array([0, 0]))[0][:, 1].tolist() for _ in range(3)]
+    assert observations == [[1, 1], [0, 2], [1, 3]]
+
+
+def test_observations_of_a_vector_environment_that_writes_into_its_own_are_the_callers_to_keep() -> None:
+    make_envs = [lambda: CountingEnv(length=2), lambda: CountingEnv(length=5)]
+    env = GymVectorVecEnv(SyncVectorEnv(make_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP))
+    observations = [env.reset(), *(env.step(np.array([0, 0]))[0] for _ in range(3))]
+    assert [each[:, 1].tolist() for each in observations] == [[0, 0], [1, 1], [0, 2], [1, 3]]
 
 
 def test_anything_but_a_vector_environment_is_refused() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from sb3_lecture_dqn import CnnPolicy, LectureDQNPolicy, MultiInputPolicy
 
 VECTOR_SPACE = spaces.Box(-1, 1, (5,), np.float32)
+IMAGE_SPACE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 ACTIONS = spaces.Discrete(3)
 
 
@@ -99,8 +100,7 @@ def test_policy_is_greedy() -> None:
 
 
 def test_cnn_policy_puts_an_encoder_in_front_of_the_same_head() -> None:
-    images = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-    q_net = CnnPolicy(images, ACTIONS, lambda _: 1e-3).q_net
+    q_net = CnnPolicy(IMAGE_SPACE, ACTIONS, lambda _: 1e-3).q_net
     assert isinstance(q_net.features_extractor, NatureCNN)
     head = [layer.out_features for layer in q_net.q_net if isinstance(layer, nn.Linear)]
     assert head == [256, 256, 3]
@@ -108,7 +108,7 @@ def test_cnn_policy_puts_an_encoder_in_front_of_the_same_head() -> None:
 
 
 def test_multi_input_policy_puts_an_encoder_in_front_of_the_same_head() -> None:
-    observation_space = spaces.Dict({"image": spaces.Box(0, 255, (3, 36, 36), np.uint8), "vector": VECTOR_SPACE})
+    observation_space = spaces.Dict({"image": IMAGE_SPACE, "vector": VECTOR_SPACE})
     q_net = MultiInputPolicy(observation_space, ACTIONS, lambda _: 1e-3).q_net
     assert isinstance(q_net.features_extractor, CombinedExtractor)
     head = [layer.out_features for layer in q_net.q_net if isinstance(layer, nn.Linear)]
@@ -116,18 +116,31 @@ def test_multi_input_policy_puts_an_encoder_in_front_of_the_same_head() -> None:
 
 
 def test_both_networks_have_an_encoder_of_their_own() -> None:
-    images = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-    policy = CnnPolicy(images, ACTIONS, lambda _: 1e-3)
+    policy = CnnPolicy(IMAGE_SPACE, ACTIONS, lambda _: 1e-3)
     assert policy.q_net.features_extractor is not policy.q_net_target.features_extractor
 
 
-def test_policy_alone_survives_saving(tmp_path: Path) -> None:
-    policy = make_policy(net_arch=[16], layer_norm=False, final_layer_std=1.0)
+def test_policy_alone_survives_saving_with_every_argument(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "net_arch": [16],
+        "activation_fn": nn.Tanh,
+        "features_extractor_class": NatureCNN,
+        "features_extractor_kwargs": {"features_dim": 9},
+        "normalize_images": False,
+        "optimizer_class": th.optim.AdamW,
+        "optimizer_kwargs": {"weight_decay": 0.25},
+        "layer_norm": False,
+        "final_layer_std": 1.0,
+    }
+    th.manual_seed(0)
+    policy = LectureDQNPolicy(IMAGE_SPACE, ACTIONS, lambda _: 1e-3, **arguments)
     policy.save(str(tmp_path / "policy"))
     loaded = LectureDQNPolicy.load(str(tmp_path / "policy"))
-    observations = th.zeros(2, 5) + 0.3
+    assert {name: getattr(loaded, name) for name in arguments} == arguments
+    assert [type(layer) for layer in loaded.q_net.q_net] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert loaded.optimizer.param_groups[0]["weight_decay"] == 0.25
+    observations = th.randint(0, 255, (2, 3, 36, 36))
     assert th.equal(policy.q_net(observations), loaded.q_net(observations))
-    assert [type(layer) for layer in loaded.q_net.q_net] == [nn.Linear, nn.LeakyReLU, nn.Linear]
 
 
 def test_optimizer_trains_theta_alone() -> None:
@@ -136,12 +149,16 @@ def test_optimizer_trains_theta_alone() -> None:
     assert trained == {id(parameter) for parameter in policy.q_net.parameters()}
 
 
-def test_images_from_an_environment_are_divided_by_255() -> None:
-    images = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-    q_net = CnnPolicy(images, ACTIONS, lambda _: 1e-3, final_layer_std=1.0).q_net
+@pytest.mark.parametrize(("kwargs", "divisor"), [({}, 255), ({"normalize_images": False}, 1)])
+def test_images_from_an_environment_are_divided_by_255_unless_the_user_says_otherwise(
+    kwargs: dict[str, Any], divisor: int
+) -> None:
+    th.manual_seed(0)
+    policy = CnnPolicy(IMAGE_SPACE, ACTIONS, lambda _: 1e-3, final_layer_std=1.0, **kwargs)
     observations = th.randint(0, 255, (2, 3, 36, 36))
-    expected = q_net.q_net(q_net.features_extractor(observations.float() / 255))
-    assert th.equal(q_net(observations), expected)
+    for q_net in (policy.q_net, policy.q_net_target):
+        expected = q_net.q_net(q_net.features_extractor(observations.float() / divisor))
+        assert th.equal(q_net(observations), expected)
 
 
 def test_gymnasium_environment_gives_the_policy_its_sizes() -> None:

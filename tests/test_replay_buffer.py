@@ -230,6 +230,14 @@ def test_an_array_of_another_shape_is_refused_in_one_line_that_names_what_takes_
         buffer.rewards = np.zeros((30, 1))
 
 
+def test_fractions_are_refused_where_the_buffer_holds_integers() -> None:
+    buffer = filled(ContiguousReplayBuffer, SPACES["image"], 1)
+    before = buffer.observations.copy()
+    with pytest.raises(TypeError, match="same_kind"):
+        buffer.observations = np.full(before.shape, 0.5)
+    np.testing.assert_array_equal(buffer.observations, before)
+
+
 def test_the_contiguous_buffer_refuses_to_store_each_observation_once() -> None:
     space = spaces.Box(-1, 1, (2,))
     with pytest.raises(ValueError, match="optimize_memory_usage must be False"):

@@ -5,6 +5,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
+from scripted_envs import CountingEnv
 from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecNormalize,
+)
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
@@ -89,6 +104,35 @@ def test_environments_in_other_processes_come_back_too(env_id: str, tmp_path: Pa
     assert kills.in_new_process(kills.train, scenario, *arguments, [InterruptAt(1_000_000)])
     assert (folder / "digest.json").read_text() == (tmp_path / "reference" / "digest.json").read_text()
     assert expected["parameters"] in (folder / "digest.json").read_text()
+
+
+class DrawsFromNumpy(gymnasium.Env[np.ndarray, int]):
+    """Draws from numpy's global generator, which in a ``SubprocVecEnv`` nothing else of the run draws from."""
+
+    observation_space, action_space = spaces.Box(0, 1, (2,), np.float32), spaces.Discrete(2)
+
+    def _observation(self) -> np.ndarray:
+        return np.random.random_sample(2).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is not None:
+            np.random.seed(seed)
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self._observation(), 0.0, False, False, {}
+
+
+def test_the_global_generators_of_other_processes_come_back(tmp_path: Path) -> None:
+    with ExitStack() as processes:
+
+        def build() -> LectureDQN:
+            env = make_vec_env(DrawsFromNumpy, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+            processes.callback(env.close)
+            return small_model(env)
+
+        expected = run(build, 160, tmp_path / "reference")
+        assert differences(expected, interrupted_run(build, 160, tmp_path / "run", 130)) == []
 
 
 def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> None:
@@ -322,6 +366,44 @@ def test_an_irreproducible_environment_is_named_and_starts_a_new_episode(tmp_pat
     assert model.replay_buffer.full
 
 
+class TakesALock(CountingEnv):
+    """Can be pickled until its first step."""
+
+    def __init__(self) -> None:
+        super().__init__(length=10**9)
+        self.handle: Any = None
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.handle = threading.Lock()
+        return super().step(action)
+
+
+@pytest.mark.parametrize("is_normalised", [False, True])
+def test_an_environment_that_can_no_longer_be_pickled_is_named_and_starts_a_new_episode(
+    is_normalised: bool, tmp_path: Path
+) -> None:
+    def build() -> LectureDQN:
+        env = make_vec_env(TakesALock)
+        return small_model(VecNormalize(env) if is_normalised else env)
+
+    with pytest.warns(UserWarning, match=r"not reproducible \(handle can no longer be pickled\)"):
+        buffer = interrupted_run(build, 200, tmp_path, 150).replay_buffer
+    assert buffer is not None
+    assert buffer.next_observations[99].tolist() == [[0, 100]]
+    assert buffer.observations[100].tolist() == [[1, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:the environment is not reproducible")
+@pytest.mark.parametrize("kwargs", [{"n_steps": 3}, {"optimize_memory_usage": True}], ids=["n_steps", "optimize_memory_usage"])
+def test_no_episode_goes_on_into_the_new_one_that_a_continued_run_starts(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model(TakesALock(), buffer_size=1_000, **kwargs)
+
+    buffer = interrupted_run(build, 300, tmp_path, 150, 250).replay_buffer
+    assert buffer is not None
+    assert np.flatnonzero(buffer.dones).tolist() == [99, 199]
+
+
 def test_environments_in_gymnasiums_processes_start_new_episodes_and_say_so(tmp_path: Path) -> None:
     def build() -> LectureDQN:
         return small_model(GymVectorVecEnv(gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="async")))
@@ -343,6 +425,16 @@ def test_random_actions_are_continued_in_the_middle_of_a_replayed_episode(tmp_pa
 
     expected = run(build, 60, tmp_path / "reference")
     assert differences(expected, interrupted_run(build, 60, tmp_path / "run", 50, save_freq=20)) == []
+
+
+@pytest.mark.filterwarnings("error:.*not reproducible")
+def test_a_replayed_episode_is_continued_twice(tmp_path: Path) -> None:
+    def build() -> LectureDQN:
+        return small_model("LunarLander-v2", learning_starts=10**6)
+
+    expected = run(build, 250, tmp_path / "reference", save_freq=10)
+    # in the third episode, and from a checkpoint that the first continuation saved
+    assert differences(expected, interrupted_run(build, 250, tmp_path / "run", 230, 238, save_freq=10)) == []
 
 
 def lander_with_options(**options: Any) -> LectureDQN:
@@ -548,6 +640,31 @@ def test_callbacks_with_environments_of_their_own_are_continued(tmp_path: Path) 
     assert differences(expected, model) == []
     assert evaluation.evaluations_results == expected_evaluation.evaluations_results
     assert evaluation.best_mean_reward == expected_evaluation.best_mean_reward
+
+
+def test_an_environment_of_a_callback_whose_episode_began_before_its_record_is_named(tmp_path: Path) -> None:
+    def evaluated_run(interrupt_at: int = 1_000) -> None:
+        env = make_vec_env("LunarLander-v2", seed=1)
+        env.reset()
+        evaluation = EvalCallback(env, eval_freq=10_000)
+        run(lambda: small_model("CartPole-v1"), 200, tmp_path, evaluation, InterruptAt(interrupt_at))
+
+    with pytest.raises(Interruption):
+        evaluated_run(interrupt_at=150)
+    with pytest.warns(UserWarning, match=r"could not be brought back \(its episode began before it was recorded\)"):
+        evaluated_run()
+
+
+def test_a_callback_that_writes_elsewhere_goes_on_there(tmp_path: Path) -> None:
+    def saving_run(place: str, interrupt_at: int = 1_000) -> None:
+        saving = CheckpointCallback(40, str(tmp_path / place))
+        run(lambda: small_model("CartPole-v1"), 200, tmp_path / "run", saving, InterruptAt(interrupt_at))
+
+    with pytest.raises(Interruption):
+        saving_run("here", interrupt_at=150)
+    saving_run("there")
+    names = {path.name for path in (tmp_path / "there").iterdir()}
+    assert names == {f"rl_model_{step}_steps.zip" for step in (120, 160, 200)}
 
 
 def test_tensorboard_goes_on_in_the_same_folder_without_double_points(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import doctest
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -364,14 +365,21 @@ def test_a_reset_mask_resets_some_and_leaves_the_others() -> None:
     assert truncations[3:] == [[True, False, True], [False, True, False]]
 
 
-def test_what_it_returns_is_the_callers_to_change() -> None:
-    env, untouched = RoboParkingVectorEnv(2), RoboParkingVectorEnv(2)
-    for each in (env, untouched):
-        each.reset(seed=0)
-    env.step(np.array([0, 3]))[0][:] = 9
-    untouched.step(np.array([0, 3]))
-    mask = {"reset_mask": np.array([True, False])}
-    np.testing.assert_array_equal(env.reset(options=mask)[0], untouched.reset(options=mask)[0])
+@pytest.mark.parametrize("sensor_noise", [0.0, 0.1])
+def test_what_it_returns_is_the_callers_to_keep_and_to_change(sensor_noise: float) -> None:
+    calls: list[Callable[[RoboParkingVectorEnv], Any]] = [
+        lambda env: env.reset(seed=0),
+        lambda env: env.step(np.array([LEFT, BACKWARD])),
+        lambda env: env.step(np.array([LEFT, BACKWARD])),
+        lambda env: env.reset(options={"reset_mask": np.array([True, False])}),
+        lambda env: env.reset(options={"reset_mask": np.array([False, True])}),
+    ]
+    first, second = (RoboParkingVectorEnv(2, sensor_noise=sensor_noise) for _ in range(2))
+    kept = [call(first)[0] for call in calls]
+    for call, expected in zip(calls, kept, strict=True):
+        observations = call(second)[0]
+        np.testing.assert_array_equal(observations, expected)
+        observations[:] = 9
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,21 @@ def test_numpy_numbers_and_other_optimizers_come_back(tmp_path: Path) -> None:
     assert (tuple(optimizer.param_groups[0]["betas"]), optimizer.param_groups[0]["weight_decay"]) == ((0.8, 0.9), 0.1)
 
 
+def test_what_the_networks_were_made_with_comes_back(tmp_path: Path) -> None:
+    policy_kwargs: dict[str, Any] = {
+        "features_extractor_kwargs": {"features_dim": 9},
+        "normalize_images": False,
+        "layer_norm": False,
+        "final_layer_std": 0.5,
+    }
+    settings: dict[str, Any] = {"optimize_memory_usage": True, "buffer_size": 20}
+    model = LectureDQN("CnnPolicy", SpaceEnv(IMAGE), policy_kwargs=policy_kwargs, **settings)
+    save_safetensors(model, tmp_path / "model.safetensors")
+    loaded = load_safetensors(tmp_path / "model.safetensors")
+    assert {name: getattr(loaded.policy, name) for name in policy_kwargs} == policy_kwargs
+    assert {name: getattr(loaded, name) for name in settings} == settings
+
+
 def test_it_goes_on_learning_in_an_environment(tmp_path: Path) -> None:
     LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10).learn(50)
     model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, seed=0).learn(50)

@@ -4,9 +4,11 @@ import errno
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch as th
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn import LectureDQN, model_files
 from sb3_lecture_dqn.model_files import replace_when_written
 from sb3_lecture_dqn.policies import MlpPolicy
 
@@ -139,6 +141,22 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one(trained: LectureDQN,
             assert unfinished.exists()
             trained.save(of_another_thread)
     assert {path.name for path in tmp_path.iterdir()} == {"model.zip", "other.zip"}
+
+
+def test_what_another_machine_is_writing_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_process_id: int
+) -> None:
+    with ExitStack() as their_save:
+        with monkeypatch.context() as patch:
+            patch.setattr(model_files, "here", lambda: "another machine")
+            patch.setattr(os, "getpid", lambda: dead_process_id)  # no process has this number here
+            theirs = their_save.enter_context(replace_when_written(tmp_path / "model.zip"))
+        theirs.write_text("theirs")
+        with replace_when_written(tmp_path / "model.zip") as ours:
+            ours.write_text("ours")
+        assert (tmp_path / "model.zip").read_text() == "ours"
+        assert theirs.exists()
+    assert (tmp_path / "model.zip").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

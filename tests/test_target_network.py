@@ -83,7 +83,7 @@ def test_default_tau_is_the_hard_copy() -> None:
     assert LectureDQN("MlpPolicy", "CartPole-v1").tau == 1.0
 
 
-def test_batch_norm_statistics_are_copied_with_the_parameters() -> None:
+def test_batch_norm_statistics_are_copied_hard_whatever_tau_is() -> None:
     class NormalisedExtractor(nn.Module):
         def __init__(self, observation_space: Any) -> None:
             super().__init__()
@@ -98,6 +98,7 @@ def test_batch_norm_statistics_are_copied_with_the_parameters() -> None:
         "MlpPolicy",
         "CartPole-v1",
         target_update_interval=1,
+        tau=0.25,
         policy_kwargs={"features_extractor_class": NormalisedExtractor},
     )
     assert len(model.batch_norm_stats) == 2
