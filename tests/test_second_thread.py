@@ -34,7 +34,7 @@ def is_held_up(used: SecondThread) -> Iterator[None]:
     """The second thread is busy with something else all the time."""
     has_begun, may_end = threading.Event(), threading.Event()
     task = used.start(lambda: (has_begun.set(), may_end.wait()))
-    assert has_begun.wait(timeout=60)
+    assert has_begun.wait(timeout=600)
     yield
     may_end.set()
     task.result()
@@ -44,7 +44,7 @@ def test_the_second_thread_computes_a_task_once(used: SecondThread) -> None:
     calls: list[str] = []
     is_done = threading.Event()
     task = used.start(lambda: (calls.append(this_thread()), is_done.set()))
-    assert is_done.wait(timeout=60)
+    assert is_done.wait(timeout=600)
     assert task.result() == task.result() == (None, None)
     assert calls == ["lecture_dqn_second_thread"]
 
@@ -66,14 +66,14 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
         raise KeyError("of the task")
 
     with_it = used.start(fail)
-    assert has_begun.wait(timeout=60)
+    assert has_begun.wait(timeout=600)
     for task in (with_it, Task(fail)):
         for _ in range(2):
             with pytest.raises(KeyError, match="of the task"):
                 task.result()
     lives_on = threading.Event()
     used.start(lives_on.set)
-    assert lives_on.wait(timeout=60)
+    assert lives_on.wait(timeout=600)
 
 
 def test_without_it_everything_is_computed_by_who_asks() -> None:
@@ -86,7 +86,7 @@ def test_a_sequence_is_begun_one_ahead(used: SecondThread) -> None:
     tasks = used.in_advance([lambda event=event: (begun.append(this_thread()), event.set()) for event in events])  # type: ignore[misc]
     for n_taken in range(4):
         n_begun = max(n_taken + 1, 2)  # while the last one that was taken is used, the next one is computed
-        assert all(event.wait(timeout=60) for event in events[:n_begun])
+        assert all(event.wait(timeout=600) for event in events[:n_begun])
         assert not any(event.is_set() for event in events[n_begun:])
         next(tasks).result()
     assert next(tasks, None) is None
@@ -103,7 +103,7 @@ used._is_used = True
 def print_the_thread():
     is_done = threading.Event()
     used.start(lambda: (print(threading.current_thread().name, flush=True), is_done.set()))
-    is_done.wait(timeout=60)
+    is_done.wait(timeout=600)
 
 print_the_thread()
 child = os.fork()

@@ -311,7 +311,7 @@ def test_two_processes_of_the_zoo_share_a_study(tmp_path: Path) -> None:
         for seed in "01"
     ]
     for process in processes:
-        _, error = process.communicate(timeout=200)
+        _, error = process.communicate(timeout=900)
         assert process.returncode == 0, error
     trials = optuna.load_study(study_name="shared", storage=open_storage(url)).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6

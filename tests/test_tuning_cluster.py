@@ -102,7 +102,7 @@ def started(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def finish(process: subprocess.Popen[str], folder: Path) -> str:
     """Wait for the command; the result is what it said."""
-    code = process.wait(timeout=400)
+    code = process.wait(timeout=900)
     output = (folder / "output.txt").read_text()
     assert code == 0, output
     return output
@@ -196,7 +196,7 @@ def test_a_study_that_was_stopped_and_then_killed_continues(ray_environment: str
     with started("--trials", "100", *arguments, folder=tmp_path) as process:
         until(lambda: n_done(url, study) >= 1 or process.poll() is not None)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=200) == 130
+        assert process.wait(timeout=900) == 130
     n_stopped = n_done(url, study)
     assert n_stopped >= 1
     assert {trial.state for trial in trials_of(url, study)} <= {TrialState.COMPLETE, TrialState.WAITING}

@@ -31,7 +31,7 @@ def run(*arguments: str, folder: Path, **environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parent.parent
 
 def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=900
     )
 
 
