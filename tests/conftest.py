@@ -46,6 +46,13 @@ def one_thread_and_clean_generators() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_minatar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MinAtar as it is for who has not installed it."""
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    monkeypatch.delitem(sys.modules, "sb3_lecture_dqn.envs.minatar_game", raising=False)  # which imports it
+
+
+@pytest.fixture
 def dead_process_id() -> int:
     """The number of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])

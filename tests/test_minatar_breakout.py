@@ -1,7 +1,5 @@
 """MinAtar's Breakout as an environment of pixels."""
 
-import sys
-
 import gymnasium
 import numpy as np
 import pytest
@@ -55,8 +53,7 @@ def test_breakout_passes_gymnasiums_checker_and_its_pictures_show_something() ->
     assert picture.max() > 200
 
 
-def test_a_missing_minatar_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "minatar.gym", None)
-    monkeypatch.delitem(sys.modules, "sb3_lecture_dqn.envs.minatar_game", raising=False)
+@pytest.mark.usefixtures("without_minatar")
+def test_a_missing_minatar_is_said_with_what_to_do() -> None:
     with pytest.raises(DependencyNotInstalled, match=r"^MinAtar/Breakout-v1 needs MinAtar: pip install MinAtar$"):
         gymnasium.make(minatar_breakout.ENV_ID)

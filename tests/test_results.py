@@ -386,8 +386,8 @@ def test_breakout_trains_both_algorithms_with_one_encoder(tmp_path: Path) -> Non
         assert len(results.train_and_evaluate(run)["returns"]) == 100
 
 
-def test_a_row_without_its_dependency_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+@pytest.mark.usefixtures("without_minatar")
+def test_a_row_without_its_dependency_says_so_in_one_line(tmp_path: Path) -> None:
     run = Run("MinAtar-Breakout", ROWS["MinAtar-Breakout"], "lecture_dqn", 0)
     with pytest.raises(SystemExit, match=rf"^{run}: MinAtar/Breakout-v1 needs MinAtar: pip install MinAtar$"):
         results.carry_out(run, tmp_path)
