@@ -538,7 +538,7 @@ class LectureDQN(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         record_for_checkpoints(callback, self.env)
         replay_buffer = self.__dict__.get("replay_buffer")
-        if replay_buffer is not None and (reset_num_timesteps or self._last_obs is None):
+        if isinstance(replay_buffer, ReplayBuffer) and (reset_num_timesteps or self._last_obs is None):
             end_last_episodes(replay_buffer)  # SB3 resets the environments
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
