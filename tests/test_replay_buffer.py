@@ -3,7 +3,8 @@
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -277,6 +278,18 @@ def test_no_target_reaches_over_the_reset_between_two_trainings(
     assert samples.observations[:, 0].tolist() == samples.next_observations[:, 0].tolist()  # the number of the episode
     assert samples.dones[:15].sum() == 0
     assert set(samples.dones[15:20, 0].tolist()) == {float(not handle_timeout_termination)}  # the lecture's d, or the other
+
+
+def test_a_buffer_that_is_none_of_sb3s_is_left_alone_between_two_trainings() -> None:
+    """It need not know what SB3's say of themselves."""
+    model = LectureDQN("MlpPolicy", CountingEnv(length=1_000), learning_starts=10, seed=0)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    model.replay_buffer = cast(Any, SimpleNamespace(add=buffer.add, sample=buffer.sample, size=buffer.size))
+    model.learn(20).learn(20)
+    assert buffer.size() == 40
+    assert buffer.dones.sum() == 0
+    assert model._n_updates > 20
 
 
 @pytest.mark.parametrize("is_terminated", [False, True])
