@@ -18,7 +18,7 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
 import inspect
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -49,8 +49,8 @@ from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
-from sb3_lecture_dqn.fast.update import FastUpdate, rows_of
-from sb3_lecture_dqn.metrics import RunningMeans
+from sb3_lecture_dqn.fast.update import FastUpdate, metrics_of, rows_of
+from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes
@@ -105,7 +105,7 @@ def td_target(rewards: th.Tensor, dones: th.Tensor, next_q_values: th.Tensor, di
     :return: Targets, shape (B, 1)
     """
     not_done = 1 - dones
-    return rewards + not_done * discounts * next_q_values.max(dim=1, keepdim=True).values
+    return rewards + not_done * discounts * next_q_values.amax(dim=1, keepdim=True)
 
 
 def squared_td_error(q_values: th.Tensor, targets: th.Tensor) -> th.Tensor:
@@ -117,6 +117,25 @@ def squared_td_error(q_values: th.Tensor, targets: th.Tensor) -> th.Tensor:
     :return: The loss, a scalar
     """
     return (q_values - targets).square().mean()
+
+
+@th.no_grad()
+def update_target(parameters: list[th.Tensor], target_parameters: list[th.Tensor], tau: float) -> None:
+    """
+    The update of the target network (L13): ψ = θ, or where τ is below 1, ψ = τ θ + (1 − τ) ψ.
+
+    :param parameters: θ
+    :param target_parameters: ψ
+    :param tau: τ, in [0, 1]
+    """
+    if tau == 1:
+        th._foreach_copy_(target_parameters, parameters)  # all of them in one operation
+    else:
+        polyak_update(parameters, target_parameters, tau)
+
+
+def _metrics_of_steps(metrics: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
+    return [th.stack(values) for values in zip(*metrics, strict=True)]
 
 
 def _lists_to_arrays(observation: Any) -> Any:
@@ -432,10 +451,16 @@ class LectureDQN(OffPolicyAlgorithm):
         n_envs = len(first_observation) if is_vectorized else 1
 
         u = self.random_generator.random(n_envs)  # u ~ U[0, 1], one for each environment
-        actions = self.random_generator.integers(self.action_space.n, size=n_envs)  # U(A)
-        if np.any(u > self.exploration_rate):
+        actions = self._random_actions(n_envs)
+        if (u > self.exploration_rate).any():
             actions = epsilon_greedy(self._greedy_actions(observation), actions, u, self.exploration_rate)
         return (actions if is_vectorized else actions.reshape(())), state
+
+    def _random_actions(self, n_envs: int) -> np.ndarray:
+        """U(A), one for each environment."""
+        if n_envs > 1:
+            return self.random_generator.integers(self.action_space.n, size=n_envs)
+        return np.array([self.random_generator.integers(self.action_space.n)])  # the same draw, without looking at a size
 
     def _greedy_actions(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """π(s), without SB3's checks and conversions for the observations that the collection acts on."""
@@ -484,7 +509,7 @@ class LectureDQN(OffPolicyAlgorithm):
             self.policy.set_training_mode(True)
             for _ in range(gradient_steps):
                 metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]
-                self._count_updates(1, partial(tuple, metrics))
+                self._count_updates(1, _metrics_of_steps, metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, ...]:
@@ -520,7 +545,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self._n_calls += 1
         # One call stands for n_envs transitions.
         if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
-            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            update_target(list(self.q_net.parameters()), list(self.q_net_target.parameters()), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self._update_exploration_rate(self._current_progress_remaining)
 
@@ -610,8 +635,8 @@ class LectureDQN(OffPolicyAlgorithm):
             samples = self._sample_batch(n_updates * batch_size)
             targets_of = partial(self._fast_targets, fast_update, samples)
             rows = batch_size if is_uniform else len(samples.actions)  # what such a buffer gives is one batch, however large
-            metrics = fast_update.steps(samples.observations, samples.actions, targets_of, rows, self.max_grad_norm)
-            self._count_updates(n_updates, metrics)
+            results = fast_update.steps(samples.observations, samples.actions, targets_of, rows, self.max_grad_norm)
+            self._count_updates(n_updates, metrics_of, results)
 
     def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
         discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
@@ -621,10 +646,10 @@ class LectureDQN(OffPolicyAlgorithm):
 
     # Metrics, and whether they can be right
 
-    def _count_updates(self, n_updates: int, metrics: Callable[[], Sequence[th.Tensor]]) -> None:
+    def _count_updates(self, n_updates: int, metrics_of: MetricsOf, results: Any) -> None:
         intervals_before = self._n_updates // self.metrics_interval
         self._n_updates += n_updates
-        self._training_metrics.add(n_updates, metrics)
+        self._training_metrics.add(metrics_of, results)
         if self._n_updates // self.metrics_interval > intervals_before:
             self._record_training_metrics()
 

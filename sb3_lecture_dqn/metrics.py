@@ -1,9 +1,14 @@
 """Means of training metrics that do not make the program wait for the device."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch as th
+
+#: Gives the values of each metric, in the order of the names and without gradient, from what several additions kept.
+MetricsOf = Callable[[Sequence[Any]], Sequence[th.Tensor]]
 
 
 class RunningMeans:
@@ -17,22 +22,23 @@ class RunningMeans:
         self.names = names
         self._sums: th.Tensor | None = None
         self._count = 0
-        self._not_summed: list[tuple[int, Callable[[], Sequence[th.Tensor]]]] = []
+        self._not_summed: list[tuple[MetricsOf, Any]] = []
 
-    def add(self, count: int, values: Callable[[], Sequence[th.Tensor]]) -> None:
+    def add(self, metrics_of: MetricsOf, kept: Any) -> None:
         """
         Add values for each metric.
 
-        :param count: Number of values of each metric
-        :param values: Gives tensors of ``count`` values each, without gradient, in the order of the names
+        :param metrics_of: What computes the values when they are asked for, of all that was kept for it at once
+        :param kept: What it needs
         """
-        self._not_summed.append((count, values))
+        self._not_summed.append((metrics_of, kept))
 
     def _sum(self) -> None:
-        for count, values in self._not_summed:
-            sums = th.stack([value.view(count) for value in values()]).sum(dim=1)
+        for metrics_of, additions in groupby(self._not_summed, itemgetter(0)):
+            values = th.stack(list(metrics_of([kept for _, kept in additions])))
+            sums = values.sum(dim=1)
             self._sums = sums if self._sums is None else self._sums.add_(sums)
-            self._count += count
+            self._count += values.shape[1]
         self._not_summed = []
 
     def __getstate__(self) -> dict[str, Any]:

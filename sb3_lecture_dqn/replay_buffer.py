@@ -82,8 +82,8 @@ class ContiguousReplayBuffer(ReplayBuffer):
         )
 
     def _to_device(self, array: Any) -> th.Tensor:
-        # the batch is a copy already
-        return th.from_numpy(array).to(self.device)
+        tensor = th.from_numpy(array)  # the batch is a copy already
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies."""

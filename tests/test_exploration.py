@@ -1,5 +1,6 @@
 """π and π_E (L9): ε-greedy, one draw for each environment, from the algorithm's own generator."""
 
+import copy
 import math
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_exploration_ignores_numpys_global_generator_and_leaves_it_alone() -> No
         actions.append(model.predict(observations)[0])
         assert np.random.random_sample() == np.random.RandomState(global_seed).random_sample()
     np.testing.assert_array_equal(actions[0], actions[1])
+
+
+def test_the_draws_for_one_environment_are_those_of_an_array_of_one() -> None:
+    model = make_model(1.0)
+    rng = copy.deepcopy(model.random_generator)
+    expected = [(rng.random(1), rng.integers(model.action_space.n, size=1))[1] for _ in range(200)]
+    assert [model.predict(np.zeros((1, 2), dtype=np.float32))[0] for _ in range(200)] == expected
+    assert model.random_generator.bit_generator.state == rng.bit_generator.state
 
 
 def test_no_forward_pass_when_all_environments_explore() -> None:

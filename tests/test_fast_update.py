@@ -794,6 +794,20 @@ def test_a_file_holds_the_parameters_alone(tmp_path: Path) -> None:
     assert sizes[0] < 1.1 * sizes[1]
 
 
+def test_what_training_leaves_behind_can_be_differentiated() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, batch_size=8, learning_rate=1e-3, seed=0).learn(60)
+    assert model._fast_update is not None
+    parameters = list(model.policy.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    moments = [part for state in model.policy.optimizer.state.values() for part in state.values()]
+    assert not any(tensor.is_inference() for tensor in (*parameters, *gradients, *moments))
+    before = [p.detach().clone() for p in model.q_net.parameters()]
+    model.policy.optimizer.zero_grad()
+    model.q_net(th.zeros(1, 4)).sum().backward()
+    model.policy.optimizer.step()
+    assert all(not th.equal(a, b) for a, b in zip(before[-2:], list(model.q_net.parameters())[-2:], strict=True))
+
+
 def test_gradients_that_somebody_dropped_are_made_again() -> None:
     model = make_model("vector", fast=True)
     batch = random_batch("vector", np.random.default_rng(0))

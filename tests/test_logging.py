@@ -1,7 +1,9 @@
 """What is logged, and that logging does not wait for the device at every gradient step."""
 
+import copy
 import csv
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,68 @@ from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.metrics import RunningMeans
 
 
+def joined(kept: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
+    return [th.cat(values) for values in zip(*kept, strict=True)]
+
+
 def test_running_means_are_means_since_the_last_read() -> None:
     means = RunningMeans(("loss", "q_values"))
     assert means.pop() == {}
-    means.add(1, lambda: (th.tensor(1.0), th.tensor(10.0)))
-    means.add(2, lambda: (th.tensor([3.0, 2.0]), th.tensor([20.0, 0.0])))
+    means.add(joined, (th.tensor([1.0]), th.tensor([10.0])))
+    means.add(joined, (th.tensor([3.0, 2.0]), th.tensor([20.0, 0.0])))
     assert means.pop() == {"loss": 2.0, "q_values": 10.0}
-    means.add(1, lambda: (th.tensor(5.0), th.tensor(0.0)))
+    means.add(joined, (th.tensor([5.0]), th.tensor([0.0])))
     assert means.pop() == {"loss": 5.0, "q_values": 0.0}
     assert means.pop() == {}
+
+
+def test_running_means_of_two_kinds_are_computed_by_one_call_for_each_row_of_a_kind() -> None:
+    calls: list[int] = []
+
+    def doubled(kept: Sequence[float]) -> list[th.Tensor]:
+        calls.append(len(kept))
+        return [2 * th.tensor(kept)]
+
+    means = RunningMeans(("loss",))
+    means.add(doubled, 1.0)
+    means.add(doubled, 2.0)
+    means.add(joined, [th.tensor([3.0])])
+    means.add(doubled, 4.5)
+    assert means.pop() == {"loss": 4.5}
+    assert calls == [2, 1]
 
 
 def test_running_means_go_on_from_a_pickle() -> None:
     means = RunningMeans(("loss",))
     for value in (1.0, 2.0):
-        means.add(1, lambda value=value: [th.tensor(value)])  # type: ignore[misc]
+        means.add(joined, [th.tensor([value])])
         means = pickle.loads(pickle.dumps(means))
-    means.add(1, lambda: [th.tensor(6.0)])
+    means.add(joined, [th.tensor([6.0])])
     assert means.pop() == {"loss": 3.0}
+
+
+def test_metrics_of_training_calls_with_batches_of_different_sizes_are_those_of_each() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, seed=0)
+    model.learn(60)
+    means = []
+    for at_once in (True, False):
+        other = copy.deepcopy(model)
+        other._training_metrics.pop()
+        sums = th.zeros(4, dtype=th.float64)
+        for batch_size in (32, 32, 64, 32):
+            other.train(2, batch_size)
+            if not at_once:
+                sums += th.tensor(list(other._training_metrics.pop().values()))
+        means.append(list(other._training_metrics.pop().values()) if at_once else (sums / 4).tolist())
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
 
 
 def test_a_metric_keeps_no_graph_alive() -> None:
     model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs={"activation_fn": th.nn.Tanh}, seed=0)
     model.learn(60).train(4, 32)
     assert model._training_metrics._not_summed
-    assert not any(value.requires_grad for _, values in model._training_metrics._not_summed for value in values())
+    all_values = [metrics_of([kept]) for metrics_of, kept in model._training_metrics._not_summed]
+    assert not any(value.requires_grad for values in all_values for value in values)
 
 
 def train_with_log(folder: Path, **kwargs: Any) -> tuple[LectureDQN, list[dict[str, str]]]:

@@ -4,7 +4,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
-from sb3_lecture_dqn.metrics import RunningMeans
+from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
 
@@ -186,15 +187,15 @@ def test_metrics_that_are_read_later_are_those_of_their_steps(monkeypatch: pytes
     then: list[th.Tensor] = []
     add = RunningMeans.add
 
-    def add_and_look(means: RunningMeans, count: int, values: Callable[[], Sequence[th.Tensor]]) -> None:
-        then.append(th.stack(list(values())))
-        add(means, count, values)
+    def add_and_look(means: RunningMeans, metrics_of: MetricsOf, kept: Any) -> None:
+        then.append(th.stack(list(metrics_of([kept]))))
+        add(means, metrics_of, kept)
 
     monkeypatch.setattr(RunningMeans, "add", add_and_look)
     model = trained(monkeypatch, True, gradient_steps=6)
     for _ in range(4):
         model.train(2, 32)
-    later = [th.stack(list(values())) for _, values in model._training_metrics._not_summed]
+    later = [th.stack(list(metrics_of([kept]))) for metrics_of, kept in model._training_metrics._not_summed]
     assert 4 <= len(later) < len(then)
     for now, before in zip(reversed(later), reversed(then), strict=False):
         assert th.equal(now, before)

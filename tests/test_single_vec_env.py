@@ -83,6 +83,17 @@ def test_what_a_step_gave_does_not_change_in_the_next() -> None:
     assert infos[0]["seen"] == [3]
 
 
+def test_an_info_of_numbers_alone_is_a_copy_too() -> None:
+    numbers = Numbers()
+    env = SingleVecEnv(numbers)
+    env.reset()
+    numbers.step = lambda action: (int(action), 0.0, False, False, numbers.info)  # type: ignore[method-assign]
+    numbers.info = {"energy": 1.5, "name": "robot", "rest": None}
+    (info,) = env.step(np.array([3]))[3]
+    numbers.info["energy"] = 2.5
+    assert info == {"energy": 1.5, "name": "robot", "rest": None, "TimeLimit.truncated": False}
+
+
 class EndsInAnArray(Numbers):
     def step(self, action: int) -> Any:
         observation, reward, terminated, _, info = super().step(action)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, TypeGuard
 
 import torch as th
@@ -30,8 +30,8 @@ def is_plain_adam(optimizer: th.optim.Optimizer, parameters: Sequence[nn.Paramet
         return False
     group = optimizer.param_groups[0]
     has_extras = group["weight_decay"] != 0 or group["amsgrad"] or group["maximize"] or isinstance(group["lr"], th.Tensor)
-    same_parameters = [id(p) for p in group["params"]] == [id(p) for p in parameters]
-    return same_parameters and not has_extras and all(p.requires_grad for p in parameters)
+    same_parameters = len(group["params"]) == len(parameters) and all(map(is_, group["params"], parameters))
+    return same_parameters and not has_extras and all(map(attrgetter("requires_grad"), parameters))
 
 
 def has_one_step_count(optimizer: th.optim.Optimizer) -> bool:

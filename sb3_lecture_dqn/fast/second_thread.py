@@ -69,7 +69,7 @@ def _queue(process_id: int) -> "SimpleQueue[Task[Any]]":
     tasks: SimpleQueue[Task[Any]] = SimpleQueue()
     has_begun = threading.Event()
 
-    @th.no_grad()
+    @th.inference_mode()
     def work() -> None:
         th.get_num_threads()  # PyTorch gives this thread the number of threads that is set now, which is one
         has_begun.set()

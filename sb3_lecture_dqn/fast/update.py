@@ -10,9 +10,9 @@ hold anyway.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from operator import attrgetter, is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -84,15 +84,40 @@ def _head_of(q_net: QNetwork, tensor_of: Callable[[th.Tensor], th.Tensor] = th.T
     return head
 
 
-def _metrics(
-    actions: th.Tensor, all_q_values: Sequence[th.Tensor], targets: Sequence[th.Tensor], squared_norms: Sequence[th.Tensor]
-) -> tuple[th.Tensor, ...]:
-    """What each step returned, as the metrics that are logged."""
-    n_updates = len(targets)
-    q_values = th.cat(list(all_q_values)).gather(1, actions).view(n_updates, -1)
-    targets_of_steps = th.cat(list(targets)).view_as(q_values)
-    losses = (q_values - targets_of_steps).square_().mean(dim=1)
-    return losses, q_values.mean(dim=1), targets_of_steps.mean(dim=1), th.stack(list(squared_norms)).sqrt_()
+class StepResults(NamedTuple):
+    """What a training call leaves for the metrics: a, and of each of its steps Q(s, ·, θ), the targets and ‖gradient‖²."""
+
+    actions: th.Tensor
+    q_values: Sequence[th.Tensor]
+    targets: Sequence[th.Tensor]
+    squared_norms: Sequence[th.Tensor]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.q_values[0])
+
+
+def metrics_of(results: Sequence[StepResults]) -> tuple[th.Tensor, ...]:
+    """
+    The metrics of training calls, which are computed at once: small operations between large ones find nothing in the cache.
+
+    :param results: What their steps gave
+    :return: The losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping, each of shape
+        (n_updates,)
+    """
+    parts = [_metrics_of_batches(list(alike), size) for size, alike in groupby(results, attrgetter("batch_size"))]
+    return tuple(map(th.cat, zip(*parts, strict=True)))
+
+
+def _metrics_of_batches(results: Sequence[StepResults], batch_size: int) -> tuple[th.Tensor, ...]:
+    actions, q_values_of_all, targets_of_all, squared_norms = zip(*results, strict=True)
+    all_q_values = th.cat(list(chain.from_iterable(q_values_of_all)))
+    q_values = all_q_values.gather(1, th.cat(actions)).view(-1, batch_size)
+    targets = th.cat(list(chain.from_iterable(targets_of_all))).view_as(q_values)
+    losses = (q_values - targets).square_().mean(dim=1)
+    norms = th.stack(list(chain.from_iterable(squared_norms))).sqrt_()
+    return losses, q_values.mean(dim=1), targets.mean(dim=1), norms
 
 
 class FastUpdate:
@@ -193,7 +218,6 @@ class FastUpdate:
         """
         return forward(self.target_head, self._features(self.policy.q_net_target, next_observations))
 
-    @th.no_grad()
     def steps(
         self,
         observations: Any,
@@ -201,7 +225,7 @@ class FastUpdate:
         targets_of: Callable[[slice], th.Tensor],
         batch_size: int,
         max_grad_norm: float | None,
-    ) -> Callable[[], tuple[th.Tensor, ...]]:
+    ) -> StepResults:
         """
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
@@ -210,17 +234,20 @@ class FastUpdate:
         :param targets_of: Gives the targets of some of the rows, shape (n, 1)
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
-        :return: What gives the losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping,
-            each of shape (n_updates,)
+        :return: What :func:`metrics_of` needs
         """
-        targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
-        actions = actions.to(th.int64, copy=True)  # the metrics keep them, and should not keep all that was drawn with them
-        inputs = observations if self.encodes_in_steps else self._features(self.policy.q_net, observations)
-        inputs_of_batches = [rows_of(inputs, slice(start, start + batch_size)) for start in range(0, len(actions), batch_size)]
-        selections = th.split(self._selections(actions, batch_size), batch_size)
-        batches = zip(inputs_of_batches, selections, targets, strict=True)
-        results = [self._step(*batch, max_grad_norm) for batch in batches]
-        return partial(_metrics, actions, *zip(*results, strict=True))
+        # an operation takes less of it, but nothing of an encoder may come out of it that autograd sees later
+        with th.inference_mode() if self.has_vector_observations else th.no_grad():
+            targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
+            # the metrics keep them, and should not keep all that was drawn with them
+            actions = actions.to(th.int64, copy=True)
+            inputs = observations if self.encodes_in_steps else self._features(self.policy.q_net, observations)
+            starts = range(0, len(actions), batch_size)
+            inputs_of_batches = [rows_of(inputs, slice(start, start + batch_size)) for start in starts]
+            selections = th.split(self._selections(actions, batch_size), batch_size)
+            batches = zip(inputs_of_batches, selections, targets, strict=True)
+            results = [self._step(*batch, max_grad_norm) for batch in batches]
+        return StepResults(actions, *zip(*results, strict=True))
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
