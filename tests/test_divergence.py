@@ -280,7 +280,7 @@ def test_watching_reads_nothing_more_from_the_device(monkeypatch: pytest.MonkeyP
     for name in ("item", "__float__", "__bool__"):
         monkeypatch.setattr(th.Tensor, name, lambda tensor, _name=name: reads.append(_name))
     means = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
-    means.add(1, lambda: 4 * (th.ones(()),))
+    means.add(lambda _: 4 * (th.ones(1),), None)
     model._training_metrics = means
     model._record_training_metrics()
     assert reads == ["tolist"]
