@@ -26,8 +26,6 @@ SETTINGS = frozenset({"negative_slope", "eps"})
 _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
 _leaky_relu_backward = th.ops.aten.leaky_relu_backward.grad_input
 
-#: With fewer features the transpose of a Linear's gradient is computed in a third of the time.
-NARROW = 16
 
 # Tensors stand here instead of modules: asking a module for a parameter takes as long as a small operation.
 
@@ -316,8 +314,5 @@ def _normalise(inputs: th.Tensor, layer_norm: LayerNormTensors) -> tuple[th.Tens
 
 
 def _linear_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Tensor) -> None:
-    if inputs.shape[1] < NARROW:
-        gradients.transposed_weight.copy_(th.mm(inputs.t(), gradient))
-    else:
-        th.mm(gradient.t(), inputs, out=gradients.weight)
+    th.mm(gradient.t(), inputs, out=gradients.weight)
     th.sum(gradient, dim=0, out=gradients.bias)
