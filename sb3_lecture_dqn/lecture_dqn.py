@@ -49,7 +49,7 @@ from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
-from sb3_lecture_dqn.fast.update import FastUpdate, metrics_of, rows_of
+from sb3_lecture_dqn.fast.update import FastUpdate, metrics_of_results, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
@@ -636,7 +636,7 @@ class LectureDQN(OffPolicyAlgorithm):
             targets_of = partial(self._fast_targets, fast_update, samples)
             rows = batch_size if is_uniform else len(samples.actions)  # what such a buffer gives is one batch, however large
             results = fast_update.steps(samples.observations, samples.actions, targets_of, rows, self.max_grad_norm)
-            self._count_updates(n_updates, metrics_of, results)
+            self._count_updates(n_updates, metrics_of_results, results)
 
     def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
         discounts = self.gamma if samples.discounts is None else samples.discounts[rows]

@@ -26,7 +26,6 @@ SETTINGS = frozenset({"negative_slope", "eps"})
 _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
 _leaky_relu_backward = th.ops.aten.leaky_relu_backward.grad_input
 
-
 # Tensors stand here instead of modules: asking a module for a parameter takes as long as a small operation.
 
 

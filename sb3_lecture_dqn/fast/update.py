@@ -98,7 +98,7 @@ class StepResults(NamedTuple):
         return len(self.q_values[0])
 
 
-def metrics_of(results: Sequence[StepResults]) -> tuple[th.Tensor, ...]:
+def metrics_of_results(results: Sequence[StepResults]) -> tuple[th.Tensor, ...]:
     """
     The metrics of training calls, which are computed at once: small operations between large ones find nothing in the cache.
 
@@ -234,7 +234,7 @@ class FastUpdate:
         :param targets_of: Gives the targets of some of the rows, shape (n, 1)
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
-        :return: What :func:`metrics_of` needs
+        :return: What :func:`metrics_of_results` needs
         """
         # an operation takes less of it, but nothing of an encoder may come out of it that autograd sees later
         with th.inference_mode() if self.has_vector_observations else th.no_grad():
