@@ -114,6 +114,8 @@ ROWS = {
     "Acrobot-v1-defaults": Row("Acrobot-v1", 50_000, settings="defaults"),
     "LunarLander-v2-defaults": Row("LunarLander-v2", 100_000, settings="defaults"),
 }
+#: Seeds on which nothing was chosen, for whoever asks what another seed ends at; they stand in no row.
+FURTHER_SEEDS = range(100, 120)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ it asks for says how many it has.
 """
 
 import argparse
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from results import FOLDER, ROWS, Row, results_of, runs_of, score
+from results import FOLDER, FURTHER_SEEDS, ROWS, Row, results_of, runs_of, score
 from rliable.library import get_interval_estimates
 
 from sb3_lecture_dqn.seeding import numpy_draws_from
@@ -228,6 +229,18 @@ def seed_table(folder: Path) -> str:
     return _table(["row", "", *(f"seed {seed}" for seed in range(10))], lines) if lines else NOT_RUN.capitalize() + "."
 
 
+def further_table(folder: Path) -> str:
+    """Our entries on the seeds that nothing was chosen on."""
+    lines = []
+    for name, row in _rows(of_defaults=False).items():
+        results = results_of(runs_of(name, row, [OURS], FURTHER_SEEDS), folder)
+        if results:
+            cell = iqm_cell(dataclasses.replace(row, n_seeds=len(results)), results)
+            seeds = ", ".join(number(value) for value in scores_of(row, results))
+            lines.append([row.env, _steps(row), str(len(results)), cell, seeds])
+    return _table(["environment", "steps", "seeds", NAMES[OURS], "each seed"], lines) if lines else NOT_RUN.capitalize() + "."
+
+
 def diverged_list(folder: Path) -> str:
     """The runs that ended before their budget, with the error."""
     lines = [
@@ -262,6 +275,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "defaults": defaults_table,
     "time": time_table,
     "seeds": seed_table,
+    "further": further_table,
     "diverged": diverged_list,
     "pictures": picture_list,
     "versions": versions_table,

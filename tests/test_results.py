@@ -76,7 +76,8 @@ def test_the_tables_are_those_of_the_result_files(file: Path) -> None:
 def test_every_committed_result_was_made_with_the_settings_in_force() -> None:
     for name, row in ROWS.items():
         lines = results.read_results(name)
-        runs = {(run.algorithm, run.seed): run for run in results.runs_of(name, row)}
+        further = results.runs_of(name, row, ["lecture_dqn"], results.FURTHER_SEEDS)
+        runs = {(run.algorithm, run.seed): run for run in [*results.runs_of(name, row), *further]}
         assert len(lines) == len({(line["algorithm"], line["seed"]) for line in lines}), f"{name}: a run is there twice"
         for line in lines:
             run = runs[line["algorithm"], line["seed"]]
@@ -495,6 +496,19 @@ def test_a_diverged_run_is_listed(tmp_path: Path) -> None:
     run = results.runs_of(CARTPOLE, ROWS[CARTPOLE])[0]
     results.append_result({**made_up_result(run), "error": "Q has exploded"}, tmp_path)
     assert tables.diverged_list(tmp_path) == "- CartPole-v1, `LectureDQN`, seed 0: Q has exploded"
+
+
+def test_further_seeds_are_a_table_of_their_own(tmp_path: Path) -> None:
+    assert tables.further_table(tmp_path) == "Not run yet."
+    write_results(CARTPOLE, 2, tmp_path, ours=500.0)
+    before = tables.tuned_table(tmp_path)
+    for run in results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["lecture_dqn"], [119, 100, 101, 120]):
+        results.append_result(made_up_result(run, run.seed - 110.0), tmp_path)
+    cells = row_of_table(tables.further_table(tmp_path), CARTPOLE)
+    assert cells[1:3] == ["20 000", "3"]
+    assert cells[3].startswith("−3.3 [")
+    assert cells[4] == "−10.0, −9.0, 9.0"
+    assert tables.tuned_table(tmp_path) == before
 
 
 def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> None:
