@@ -49,7 +49,7 @@ from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
-from sb3_lecture_dqn.fast.update import FastUpdate, metrics_of_results, rows_of
+from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
@@ -129,7 +129,7 @@ def update_target(parameters: list[th.Tensor], target_parameters: list[th.Tensor
     :param tau: τ, in [0, 1]
     """
     if tau == 1:
-        th._foreach_copy_(target_parameters, parameters)  # all of them in one operation
+        hard_copy(parameters, target_parameters)
     else:
         polyak_update(parameters, target_parameters, tau)
 

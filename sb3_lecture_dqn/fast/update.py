@@ -62,6 +62,16 @@ def rows_of(observations: Any, rows: slice) -> Any:
     return observations[rows]
 
 
+def hard_copy(parameters: list[th.Tensor], target_parameters: list[th.Tensor]) -> None:
+    """
+    ψ = θ, all of it in one operation.
+
+    :param parameters: θ
+    :param target_parameters: ψ
+    """
+    th._foreach_copy_(target_parameters, parameters)
+
+
 def _batch_of(task: Task[th.Tensor], batch_size: int, index: int) -> th.Tensor:
     return th.split(task.result(), batch_size)[index]
 
