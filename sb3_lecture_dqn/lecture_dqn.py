@@ -18,7 +18,6 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
 import inspect
 import io
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -50,7 +49,7 @@ from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
-from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
+from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans, stack_metrics
 from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes
@@ -132,10 +131,6 @@ def update_target(parameters: list[th.Tensor], target_parameters: list[th.Tensor
         hard_copy(parameters, target_parameters)
     else:
         polyak_update(parameters, target_parameters, tau)
-
-
-def _metrics_of_steps(metrics: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
-    return [th.stack(values) for values in zip(*metrics, strict=True)]
 
 
 def _lists_to_arrays(observation: Any) -> Any:
@@ -509,7 +504,7 @@ class LectureDQN(OffPolicyAlgorithm):
             self.policy.set_training_mode(True)
             for _ in range(gradient_steps):
                 metrics = [metric.detach() for metric in self._gradient_step(self._sample_batch(batch_size))]
-                self._count_updates(1, _metrics_of_steps, metrics)
+                self._count_updates(1, stack_metrics, metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _gradient_step(self, batch: ReplayBufferSamples) -> tuple[th.Tensor, ...]:

@@ -11,6 +11,16 @@ import torch as th
 MetricsOf = Callable[[Sequence[Any]], Sequence[th.Tensor]]
 
 
+def stack_metrics(kept: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
+    """
+    The values of each metric, where each addition keeps one scalar of each.
+
+    :param kept: The scalars of each addition, in the order of the names
+    :return: A tensor for each metric
+    """
+    return [th.stack(values) for values in zip(*kept, strict=True)]
+
+
 class RunningMeans:
     """
     Means of scalars, which are computed and read from the device only when asked for.

@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-#: Types of what needs no copy; an info of nothing else is copied in a tenth of the time.
+#: Types of what needs no copy; an info of nothing else is copied in a fifth of the time.
 IMMUTABLE_TYPES = frozenset({bool, int, float, str, type(None)})
 
 
