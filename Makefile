@@ -12,7 +12,7 @@ lint:
 	.venv/bin/ruff format --check .
 
 type:
-	.venv/bin/mypy
+	sh .ci/types.sh
 
 format:
 	.venv/bin/ruff check --fix .

@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 sh .ci/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
+sh .ci/types.sh
 # one thread a process: the networks are small, and two processes share two cores
 OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadscope "$@"

@@ -60,7 +60,7 @@ class GymVectorVecEnv(VecEnv):
             raise ValueError("env must share its memory, got an AsyncVectorEnv in the next-step mode with shared_memory=False")
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = env.metadata
-        self._actions = np.zeros(0)
+        self._actions: np.ndarray = np.zeros(0)
         self._start_time = time.time()
         self._episode_returns = np.zeros(self.num_envs, dtype=np.float32)
         self._episode_lengths = np.zeros(self.num_envs, dtype=np.int32)

@@ -419,7 +419,7 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._seeds: dict[int, int] = {}
         self._is_reset = False
         # Rows x, y, ẋ, ẏ: each is contiguous, for the speed of the dynamics.
-        self._states = np.zeros((4, num_envs))
+        self._states: np.ndarray = np.zeros((4, num_envs))
         self._observations = np.zeros((4, num_envs), dtype=np.float32)
         self._n_steps = np.zeros(num_envs, dtype=np.int64)
         self._is_done = np.zeros(num_envs, dtype=np.bool_)
