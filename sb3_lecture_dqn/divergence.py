@@ -88,7 +88,7 @@ class DivergenceWatch:
             ("observations", "next_observations", _OBSERVATION_CAUSES),
             ("observations", "observations", _OBSERVATION_CAUSES),
         ):
-            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows)
+            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows, _sees_float32(model))
             if first_bad is not None:
                 step = model.num_timesteps - (n_new - first_bad - 1) * replay_buffer.n_envs
                 raise DivergenceError(
@@ -137,13 +137,22 @@ def _explain_metric(model: "LectureDQN", name: str, mean: float) -> str:
     )
 
 
-def _first_row_not_finite(arrays: Any, rows: np.ndarray) -> int | None:
-    """Index in ``rows`` of the first that holds a number that is not finite."""
+def _sees_float32(model: "LectureDQN") -> bool:
+    """Whether the network's float32 is the first to hold an observation, and not VecNormalize's float64."""
+    vec_normalize = model.get_vec_normalize_env()
+    return vec_normalize is None or not vec_normalize.norm_obs
+
+
+def _first_row_not_finite(arrays: Any, rows: np.ndarray, as_float32: bool) -> int | None:
+    """Index in ``rows`` of the first that holds a number that is not finite, or is beyond float32."""
     found = []
     for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
         if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
             continue  # a buffer of a user's own may hold anything
         values = array[rows]
+        if as_float32:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             found.append(int(np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(axis=1))[0]))
     return min(found, default=None)

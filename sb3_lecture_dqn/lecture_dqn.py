@@ -17,6 +17,7 @@ The lecture's train loop (L15) is ``OffPolicyAlgorithm.learn``, which SB3 provid
 
 import inspect
 import io
+import pickle
 import warnings
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,15 @@ from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans, stack_metrics
-from sb3_lecture_dqn.model_files import MissingPolicyError, add_checksums, check_model_file, replace_when_written, with_ending
+from sb3_lecture_dqn.model_files import (
+    MissingPolicyError,
+    add_checksum_behind,
+    add_checksums,
+    check_model_file,
+    check_replay_buffer_file,
+    replace_when_written,
+    with_ending,
+)
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
 from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes
 from sb3_lecture_dqn.resume.checkpoints import record_for_checkpoints
@@ -697,7 +706,7 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def save_replay_buffer(self, path: str | Path | io.BufferedIOBase) -> None:
         """
-        Save D; a failure leaves a file that was there before as it was.
+        Save D, with a checksum behind it; a failure leaves a file that was there before as it was.
 
         :param path: The file (``.pkl`` is added to a name without an ending), or a file-like object
         """
@@ -706,6 +715,24 @@ class LectureDQN(OffPolicyAlgorithm):
             return
         with replace_when_written(with_ending(path, ".pkl")) as unfinished:
             super().save_replay_buffer(unfinished)
+            add_checksum_behind(unfinished)
+
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load D.
+
+        :param path: The file (``.pkl`` may be left out), or a file-like object
+        :param truncate_last_traj: Whether a ``HerReplayBuffer``'s last episode ends where it is
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is damaged or truncated; D is then what it was
+        """
+        if not isinstance(path, (str, Path)):
+            super().load_replay_buffer(path, truncate_last_traj)
+            return
+        try:
+            super().load_replay_buffer(check_replay_buffer_file(path), truncate_last_traj)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"path must be a whole replay buffer, got {path}: {error}") from error
 
     @classmethod
     def load(

@@ -1,4 +1,4 @@
-"""Model files: written whole or not at all, and checked before anything in them is used."""
+"""Files of models and replay buffers: written whole or not at all, and checked before anything in them is used."""
 
 import hashlib
 import io
@@ -18,6 +18,9 @@ from sb3_lecture_dqn.processes import here, is_alive
 
 #: Member of a model file with the SHA-256 of each other member.
 CHECKSUMS = "checksums.json"
+
+#: Stands behind the pickle of a replay buffer, where its readers stop, and before the SHA-256 of the pickle.
+CHECKSUM_MARK = b"sb3-lecture-dqn SHA-256 "
 
 
 class MissingPolicyError(ValueError):
@@ -80,6 +83,53 @@ def add_checksums(path: Path) -> None:
     """
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(CHECKSUMS, json.dumps(_member_checksums(archive)))
+
+
+def file_sha256(path: Path, n_bytes: int | None = None) -> str:
+    """
+    The SHA-256 of a file.
+
+    :param path: The file
+    :param n_bytes: How many of its first bytes; ``None`` for all
+    :return: In hexadecimal
+    """
+    digest = hashlib.sha256()
+    n_left = path.stat().st_size if n_bytes is None else n_bytes
+    with path.open("rb") as file:
+        while block := file.read(min(1 << 20, n_left)):
+            digest.update(block)
+            n_left -= len(block)
+    return digest.hexdigest()
+
+
+def add_checksum_behind(path: Path) -> None:
+    """
+    Add the SHA-256 of a pickle behind it; whatever reads pickles, SB3 too, stops before that.
+
+    :param path: The file
+    """
+    checksum = file_sha256(path).encode()
+    with path.open("ab") as file:
+        file.write(CHECKSUM_MARK + checksum)
+
+
+def check_replay_buffer_file(path: str | Path) -> Path:
+    """
+    Check that the file of a replay buffer is what was written, before anything in it is unpickled.
+
+    :param path: The file, as SB3's ``load_replay_buffer`` takes it; one without a checksum, as SB3 writes it, is not checked
+    :return: The file that was found
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if its checksum is another
+    """
+    with open_path(path, "r", suffix="pkl") as file:
+        found = Path(file.name)
+        n_bytes = found.stat().st_size - len(CHECKSUM_MARK) - 2 * hashlib.sha256().digest_size
+        file.seek(max(n_bytes, 0))
+        mark, checksum = file.read(len(CHECKSUM_MARK)), file.read()
+    if mark == CHECKSUM_MARK and checksum != file_sha256(found, n_bytes).encode():
+        raise ValueError(f"path must be a whole replay buffer, got {path}: it is damaged")
+    return found
 
 
 def check_model_file(

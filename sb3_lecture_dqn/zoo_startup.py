@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+has_warned = False
+
 
 class ZooFinder:
     """Finds the zoo's modules as Python would, and has ``sb3_lecture_dqn.zoo`` extend each right after its own code ran."""
@@ -70,10 +72,14 @@ def extend(module: "ModuleType") -> None:
 
 def warn(error: Exception) -> None:
     """
-    Say in one line that the zoo goes on without ``lecture_dqn``.
+    Say in one line that the zoo goes on without ``lecture_dqn``, when the first of its modules fails.
 
     :param error: Why
     """
+    global has_warned
+    if has_warned:
+        return
+    has_warned = True
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     sys.stderr.write(f"sb3-lecture-dqn: rl_zoo3 does not know lecture_dqn in this process ({reason})\n")
 

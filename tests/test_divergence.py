@@ -32,17 +32,24 @@ class PoisonedEnv(gymnasium.Env[Any, int]):
     :param poisoned_from: That step
     """
 
-    def __init__(self, reward: float = 1.0, observation: float = 0.5, poisoned_from: int = 10**9, dictionary: bool = False):
-        box = spaces.Box(-1, 1, (2,), np.float32)
+    def __init__(
+        self,
+        reward: float = 1.0,
+        observation: float = 0.5,
+        poisoned_from: int = 10**9,
+        dictionary: bool = False,
+        dtype: type[np.floating] = np.float32,
+    ) -> None:
+        box = spaces.Box(-1, 1, (2,), dtype)
         self.observation_space = spaces.Dict({"a": box, "b": box}) if dictionary else box
         self.action_space = spaces.Discrete(2)
         self.reward, self.observation, self.poisoned_from, self.dictionary = reward, observation, poisoned_from, dictionary
-        self.n_steps = 0
+        self.n_steps, self.dtype = 0, dtype
 
     def _observe(self) -> Any:
         value = self.observation if self.n_steps >= self.poisoned_from else 0.5
-        observation = np.full(2, value, dtype=np.float32)
-        return {"a": np.zeros(2, dtype=np.float32), "b": observation} if self.dictionary else observation
+        observation = np.full(2, value, dtype=self.dtype)
+        return {"a": np.zeros(2, dtype=self.dtype), "b": observation} if self.dictionary else observation
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         return self._observe(), {}
@@ -76,6 +83,13 @@ def test_what_the_environment_gives_is_named_with_its_step(env: Callable[[], Poi
     with pytest.raises(DivergenceError, match=rf"{name} of the environment are not finite since step 300; the usual cause"):
         model.learn(1_000)
     assert model.num_timesteps <= 300 + model.metrics_interval
+
+
+def test_observations_that_float32_cannot_hold_are_named_unless_they_are_normalized() -> None:
+    vec_env = make_vec_env(lambda: PoisonedEnv(observation=1e39, poisoned_from=100, dtype=np.float64), n_envs=1)
+    make_model(VecNormalize(vec_env)).learn(300)
+    with pytest.raises(DivergenceError, match="observations of the environment are not finite since step 100"):
+        make_model(PoisonedEnv(observation=1e39, poisoned_from=100, dtype=np.float64)).learn(300)
 
 
 def test_it_is_noticed_before_learning_starts_too() -> None:
@@ -254,7 +268,9 @@ def test_a_second_training_does_not_look_at_old_transitions_again(monkeypatch: p
     model = make_model(PoisonedEnv()).learn(600)
     n_rows: list[int] = []
     look = divergence._first_row_not_finite
-    monkeypatch.setattr(divergence, "_first_row_not_finite", lambda a, rows: (n_rows.append(len(rows)), look(a, rows))[1])
+    monkeypatch.setattr(
+        divergence, "_first_row_not_finite", lambda a, rows, *b: (n_rows.append(len(rows)), look(a, rows, *b))[1]
+    )
     model.learn(150)
     assert sum(n_rows) == 3 * 150  # rewards, observations and next observations
 

@@ -69,6 +69,44 @@ def test_loading_to_play_allocates_no_replay_buffer(trained: LectureDQN, tmp_pat
     assert loaded.buffer_size == trained.buffer_size
 
 
+@pytest.mark.parametrize("position", [10, 20_000, -60, -1])
+def test_a_damaged_replay_buffer_is_refused_before_it_is_unpickled(
+    position: int, trained: LectureDQN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "buffer.pkl"
+    trained.save_replay_buffer(path)
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    loaded = LectureDQN("MlpPolicy", "CartPole-v1", buffer_size=10)
+    buffer = loaded.replay_buffer
+    monkeypatch.setattr("pickle.load", lambda file: pytest.fail("it was unpickled"))
+    with pytest.raises(ValueError, match=rf"^path must be a whole replay buffer, got {path}: it is damaged$"):
+        loaded.load_replay_buffer(path)
+    assert loaded.replay_buffer is buffer
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_truncated_replay_buffer_is_refused(share: float, trained: LectureDQN, tmp_path: Path) -> None:
+    path = tmp_path / "buffer.pkl"
+    trained.save_replay_buffer(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"^path must be a whole replay buffer, got {tmp_path / 'buffer'}: "):
+        LectureDQN("MlpPolicy", "CartPole-v1").load_replay_buffer(tmp_path / "buffer")
+
+
+def test_sb3_and_this_package_read_each_others_replay_buffers(trained: LectureDQN, tmp_path: Path) -> None:
+    trained.save_replay_buffer(tmp_path / "ours")
+    sb3 = DQN("MlpPolicy", "CartPole-v1")
+    sb3.load_replay_buffer(tmp_path / "ours")
+    sb3.save_replay_buffer(tmp_path / "theirs")
+    loaded = LectureDQN("MlpPolicy", "CartPole-v1")
+    loaded.load_replay_buffer(tmp_path / "theirs")
+    for buffer in (sb3.replay_buffer, loaded.replay_buffer):
+        assert buffer is not None
+        np.testing.assert_array_equal(buffer.observations, trained.replay_buffer.observations)  # type: ignore[union-attr]
+
+
 def test_the_replay_buffer_survives_its_own_file(trained: LectureDQN, tmp_path: Path) -> None:
     trained.save_replay_buffer(tmp_path / "buffer")
     loaded = LectureDQN("MlpPolicy", "CartPole-v1")

@@ -106,6 +106,48 @@ def test_an_end_that_is_an_array_of_one_is_an_end() -> None:
     assert [env.step(np.array([action]))[2].tolist() for action in (3, 9, 3)] == [[False], [True], [False]]
 
 
+class WrongSize(gymnasium.Env[Any, int]):
+    """
+    Its observations have more or fewer numbers than its space says from a step on.
+
+    :param first: Number of the first step with such an observation; 0 is the reset
+    :param wrong: That observation
+    :param name: Where it stands, if observations are dictionaries
+    """
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, first: int, wrong: Any, name: str | None = None) -> None:
+        box = spaces.Box(-1, 1, (4,))
+        self.observation_space = box if name is None else spaces.Dict({name: box})
+        self.first, self.wrong, self.name, self.n_steps = first, wrong, name, 0
+
+    def observe(self) -> Any:
+        observation = self.wrong if self.n_steps >= self.first else np.zeros(4, np.float32)
+        return observation if self.name is None else {self.name: observation}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.observe(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return self.observe(), 0.0, self.n_steps == 3, False, {}
+
+
+@pytest.mark.parametrize(("wrong", "shape"), [(0.3, ""), (np.ones(1), "1,"), (np.ones(5), "5,"), ([0.1], "1,")])
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_observations_that_are_not_as_large_as_the_space_are_refused(first: int, wrong: Any, shape: str) -> None:
+    with pytest.raises(ValueError, match=rf"^env must give observations of shape \(4,\), got one of shape \({shape}\)$"):
+        LectureDQN("MlpPolicy", WrongSize(first, wrong)).learn(10)
+    with pytest.raises(ValueError, match=rf"of shape \(4,\) in 'speeds', got one of shape \({shape}\)$"):
+        LectureDQN("MultiInputPolicy", WrongSize(first, wrong, "speeds")).learn(10)
+
+
+def test_observations_of_the_right_size_in_another_form_are_taken() -> None:
+    for observation in ([0.1, 0.2, 0.3, 0.4], np.full((1, 4), 0.1)):
+        LectureDQN("MlpPolicy", WrongSize(0, observation)).learn(10)
+
+
 def test_seeds_and_options_reach_the_environment() -> None:
     env = SingleVecEnv(Numbers())
     env.seed(3)

@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_lecture_dqn import LectureDQN
@@ -90,6 +90,7 @@ PRIVATE_NAMES: list[tuple[Callable[[], Any], str, list[str]]] = [
     ),
     (lambda: LectureDQN("MlpPolicy", "CartPole-v1").env, "gym_vector_vec_env.py", ["_options", "_seeds", "_get_indices"]),
     (lambda: OffPolicyAlgorithm, "resume/checkpoints.py", ["_store_transition"]),
+    (lambda: DummyVecEnv, "single_vec_env.py", ["_save_obs"]),
     (lambda: VecEnv, "gym_vector_vec_env.py", ["_reset_seeds", "_reset_options"]),
     (lambda: gymnasium.wrappers.OrderEnforcing(CartPoleEnv()), "resume/episode_recorder.py", ["_has_reset"]),
     (lambda: th.nn.Linear(1, 1), "fast/head.py", ["_modules", "_parameters", *(f"_{hooks}" for hooks in HOOKS)]),

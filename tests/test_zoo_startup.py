@@ -60,11 +60,13 @@ def write_package(folder: Path, utils: str) -> None:
     (folder / "rl_zoo3").mkdir()
     (folder / "rl_zoo3" / "__init__.py").touch()
     (folder / "rl_zoo3" / "utils.py").write_text(utils)
+    (folder / "rl_zoo3" / "exp_manager.py").touch()
 
 
-def test_a_zoo_of_another_shape_is_a_warning_of_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", ["rl_zoo3.utils", "rl_zoo3.utils, rl_zoo3.exp_manager"])
+def test_a_zoo_of_another_shape_is_a_warning_of_one_line(modules: str, tmp_path: Path) -> None:
     write_package(tmp_path, "ALGORITHMS = {}\n")
-    result = run(sys.executable, "-c", "import rl_zoo3.utils; print('still here')", folder=tmp_path)
+    result = run(sys.executable, "-c", f"import {modules}; print('still here')", folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, "still here\n")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"{WARNING} (AttributeError: ")

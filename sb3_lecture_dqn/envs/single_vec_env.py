@@ -19,28 +19,35 @@ class SingleVecEnv(DummyVecEnv):
     ``DummyVecEnv`` gathers the steps of its environments in buffers and gives deep copies of those. With one environment there
     is nothing to gather: its step is the step. Observations of several arrays are left to ``DummyVecEnv``.
 
+    An observation that has not as many numbers as the space says is refused, by a ``ValueError`` of :meth:`reset` or
+    :meth:`step_wait`; ``DummyVecEnv`` repeats a single number as often as it has place for it.
+
     :param env: The environment
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__([lambda: env])
         self._batch_shape = (1, *(self.observation_space.shape or ()))
+        self._sizes = {key: array.size for key, array in self.buf_obs.items()}
 
     def step_wait(self) -> VecEnvStepReturn:
         """
         The step of the environment, and its reset if that ends the episode.
 
         :return: Observations, rewards, dones and infos, as ``DummyVecEnv`` has them
+        :raises ValueError: if an observation has not as many numbers as the space says
         """
         if self.keys != [None]:  # a dictionary or a tuple
             return super().step_wait()
         env = self.envs[0]
         observation, reward, terminated, truncated, info = env.step(self.actions[0])
+        self._check_size(None, observation)
         done = terminated or truncated
         info["TimeLimit.truncated"] = truncated and not terminated
         if done:
             info["terminal_observation"] = observation
             observation, self.reset_infos[0] = env.reset()
+            self._check_size(None, observation)
         observations = np.empty(self._batch_shape, self.observation_space.dtype)
         observations[0] = observation
         rewards = np.empty(1, np.float32)
@@ -48,6 +55,18 @@ class SingleVecEnv(DummyVecEnv):
         dones = np.empty(1, bool)
         dones[0] = done
         return observations, rewards, dones, [_deep_copy(info)]
+
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        for key in self.keys:
+            self._check_size(key, obs if key is None else obs[key])
+        super()._save_obs(env_idx, obs)
+
+    def _check_size(self, key: Any, observation: Any) -> None:
+        size = observation.size if isinstance(observation, np.ndarray) else np.size(observation)
+        if size != self._sizes[key]:
+            where = "" if key is None else f" in {key!r}"
+            shape = self.buf_obs[key].shape[1:]
+            raise ValueError(f"env must give observations of shape {shape}{where}, got one of shape {np.shape(observation)}")
 
 
 def _deep_copy(info: dict[str, Any]) -> dict[str, Any]:

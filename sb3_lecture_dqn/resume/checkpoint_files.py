@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from sb3_lecture_dqn.model_files import file_sha256
+
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 SHARED_FOLDER = "replay_buffer"
@@ -199,20 +201,6 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """
-    The SHA-256 of a file.
-
-    :param path: The file
-    :return: In hexadecimal
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------------
