@@ -1,6 +1,7 @@
 """``RoboParking-v0``: the physics, the environment, and its vector twin."""
 
 import doctest
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_lecture_dqn.envs import RoboParkingEnv, RoboParkingVectorEnv
-from sb3_lecture_dqn.envs.robo_parking import LOT_SIDE, MAX_EPISODE_STEPS, pushes_and_drag, roll
+from sb3_lecture_dqn.envs.robo_parking import GOAL_TOLERANCE, LOT_SIDE, MAX_EPISODE_STEPS, pushes_and_drag, roll
 from sb3_lecture_dqn.envs.robo_parking_drivers import drive_along_kerbs, find_optimal_drive
 
 pytestmark = pytest.mark.usefixtures("without_the_zoos_time_limit")
@@ -425,10 +426,11 @@ def test_gymnasiums_vectorizer_makes_the_same_spaces() -> None:
 # Drivers that are not learned
 
 
-def test_the_optimal_drive_has_the_return_that_the_environment_gives_it() -> None:
+@pytest.mark.parametrize("arguments", [{}, {"mass": 20.0, "wheel_torque": 3.0, "friction": 1.0}])
+def test_the_optimal_drive_has_the_return_that_the_environment_gives_it(arguments: dict[str, float]) -> None:
     state = (2.3, 1.4, 0.3, -0.2)
-    drive = find_optimal_drive(state, width=50)
-    env = RoboParkingEnv()
+    drive = find_optimal_drive(state, width=50, **arguments)  # type: ignore[arg-type]
+    env = RoboParkingEnv(**arguments)  # type: ignore[arg-type]
     env.reset(options={"state": state})
     steps = [env.step(action) for action in drive.actions]
     assert [terminated for _, _, terminated, _, _ in steps] == [False] * (len(steps) - 1) + [True]
@@ -442,10 +444,44 @@ def test_a_narrow_search_finds_what_an_exhaustive_one_finds(state: tuple[float, 
     assert narrow.episode_return == pytest.approx(exhaustive.episode_return)
 
 
+@pytest.mark.parametrize(
+    ("state", "robot"),
+    [
+        ((0.09, 0.05, 0.13, -0.25), (10.0, 1.0, 2.0)),
+        ((0.11, 0.04, -0.28, 0.35), (10.0, 1.0, 2.0)),
+        ((0.046, 0.03, -0.276, -0.051), (54.0, 0.5, 1.0)),
+    ],
+)
+def test_no_drive_of_seven_steps_is_better_than_what_an_exhaustive_search_finds(
+    state: tuple[float, ...], robot: tuple[float, float, float]
+) -> None:
+    pushes, drag = pushes_and_drag(*robot)
+    actions = np.array(list(itertools.product(range(4), repeat=7)))
+    position, velocity = np.tile(state[:2], (len(actions), 1)), np.tile(state[2:], (len(actions), 1))
+    returns, is_parked = np.zeros(len(actions)), np.zeros(len(actions), dtype=bool)
+    for action in actions.T:
+        position, velocity = roll(position, velocity, np.array(pushes)[action], drag)
+        norms = np.linalg.norm(np.concatenate((position, velocity), axis=1), axis=1)
+        returns -= norms * ~is_parked
+        is_parked |= norms < GOAL_TOLERANCE
+    assert find_optimal_drive(state, 10**9, *robot).episode_return == pytest.approx(returns[is_parked].max())
+
+
 def test_the_optimal_drive_may_push_away_from_the_corner_to_arrive_in_time() -> None:
     drive = find_optimal_drive((1.0, 1.0, 0.0, 0.0))
     assert {RIGHT, FORWARD} & set(drive.actions)
     assert drive.episode_return > -20.6
+
+
+def test_a_search_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^width must be an integer of at least 1, got 0$"):
+        find_optimal_drive((1.0, 1.0, 0.0, 0.0), width=0)
+
+
+def test_the_scripted_driver_goes_left_as_far_as_it_can_and_then_to_the_corner() -> None:
+    observations = np.array([[[3, 2, 0, 0], [0.005, 2, 0, 0]], [[0, 2, -1, 0], [0, 0.005, 0, -1]]], dtype=np.float32)
+    assert drive_along_kerbs(observations).tolist() == [[LEFT, LEFT], [BACKWARD, BACKWARD]]
+    assert drive_along_kerbs(observations[0, 0]) == LEFT
 
 
 def test_the_optimal_driver_is_better_than_the_scripted_one() -> None:

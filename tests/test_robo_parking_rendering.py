@@ -1,7 +1,7 @@
 """The pictures of ``RoboParking-v0``: what a viewer has to see in them."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pygame
@@ -71,38 +71,47 @@ def test_the_robot_stands_inside_the_kerbs_and_in_the_bay(env: RoboParkingEnv) -
     assert count(picture, rendering.BAY_FLOOR) < 0.7 * bay
 
 
-def test_the_arrow_points_where_the_robot_goes_and_grows_with_its_speed(env: RoboParkingEnv) -> None:
+@pytest.mark.parametrize("direction", [(1, 0), (-1, 0), (0, 1), (0, -1), (0.6, 0.8)])
+def test_the_arrow_points_where_the_robot_goes_and_grows_with_its_speed(
+    direction: tuple[float, float], env: RoboParkingEnv
+) -> None:
     sizes = []
     for speed in (0.3, 1.0):
-        env.reset(options={"state": (2, 2, speed, 0)})
+        env.reset(options={"state": (2, 2, speed * direction[0], speed * direction[1])})
         picture = picture_of(env)
-        offset = centre_of(picture, rendering.ARROW_COLOUR) - centre_of(picture, rendering.BODY_COLOUR)
-        assert offset[0] > 10
-        assert abs(offset[1]) < 3
+        for colour in (rendering.ARROW_COLOUR, rendering.HEADLIGHT):
+            right, down = centre_of(picture, colour) - centre_of(picture, rendering.BODY_COLOUR)
+            distance = np.hypot(right, down)
+            assert distance > 5
+            np.testing.assert_allclose((right / distance, -down / distance), direction, atol=0.15)
         sizes.append(count(picture, rendering.ARROW_COLOUR))
     assert sizes[1] > 1.3 * sizes[0]
     env.reset(options={"state": (2, 2, 0, 0)})
     assert count(picture_of(env), rendering.ARROW_COLOUR) == 0
 
 
-def test_the_heading_of_travel_stays_when_the_robot_stops(env: RoboParkingEnv) -> None:
-    env.reset(options={"state": (3.97, 2, 0, 0)})
-    assert count(picture_of(env), rendering.HEADLIGHT) == 0
-    for _ in range(2):
-        observation = env.step(RIGHT)[0]
-    assert observation[2] == 0
+@pytest.mark.parametrize("first_velocity", [0.0, -0.3])
+def test_the_heading_of_travel_stays_when_the_robot_stops(first_velocity: float, env: RoboParkingEnv) -> None:
+    env.reset(options={"state": (3.97, 2, first_velocity, 0)})
+    assert (count(picture_of(env), rendering.HEADLIGHT) > 0) == (first_velocity != 0)
+    velocities = [float(env.step(RIGHT)[0][2]) for _ in range(5)]
+    assert max(velocities) > 0
+    assert velocities[-1] == 0
     picture = picture_of(env)
     assert centre_of(picture, rendering.HEADLIGHT)[0] > centre_of(picture, rendering.BODY_COLOUR)[0]
 
 
 def test_the_trail_grows_with_the_episode_and_ends_with_it(env: RoboParkingEnv) -> None:
     env.reset(options={"state": (1, 2, 1, 0)})
+    start = centre_of(picture_of(env), rendering.BODY_COLOUR)[0]
     sizes = []
     for _ in range(3):
         for _ in range(6):
             env.step(RIGHT)
         sizes.append(count(picture_of(env), rendering.TRAIL))
     assert sizes[0] < sizes[1] < sizes[2]
+    first_column = np.nonzero(has_colour(picture_of(env), rendering.TRAIL))[1].min()
+    assert 5 < start - first_column < 10  # the ring around the start, which is wider than the trail
     env.reset(options={"state": (1, 2, 1, 0)})
     assert count(picture_of(env), rendering.TRAIL) < sizes[0]
 
@@ -117,6 +126,19 @@ def test_the_header_counts_and_says_when_the_robot_is_parked(env: RoboParkingEnv
     while not env.step(BACKWARD)[2]:
         pass
     assert count(picture_of(env)[:38], rendering.PARKED) > 20
+
+
+def test_the_header_says_the_step_the_distance_and_the_speed(env: RoboParkingEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    render_text = rendering._render_text
+    monkeypatch.setattr(rendering, "_render_text", lambda text, *style: (texts.append(text), render_text(text, *style))[1])
+    env.reset(options={"state": (0, 0.005, 0.3, -0.4)})  # on the goal, and not at rest
+    picture_of(env)
+    assert texts[-3:] == ["step 0", "distance 0.01 m", "speed 0.50 m/s"]
+    env.reset(options={"state": (3, 2, 1, 1)})
+    env.step(RIGHT)
+    picture_of(env)
+    assert texts[-3:] == ["step 1", "distance 3.74 m", "speed 1.40 m/s"]
 
 
 def test_drawing_changes_nothing() -> None:
@@ -142,6 +164,39 @@ def test_the_human_mode_shows_each_step_in_a_window(monkeypatch: pytest.MonkeyPa
     assert env.render() is None
     env.close()
     assert rendering.pygame.display.get_surface() is None
+    env.close()
+
+
+def test_each_step_in_a_window_takes_its_time_and_answers_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Clock:
+        def tick(self, frames_per_second: int) -> None:
+            calls.append(f"wait for {1 / frames_per_second} s")
+
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(pygame.time, "Clock", Clock)
+    monkeypatch.setattr(pygame.event, "pump", lambda: calls.append("answer"))
+    monkeypatch.setattr(pygame.display, "flip", lambda: calls.append("show"))
+    env = RoboParkingEnv(render_mode="human")
+    env.reset(seed=0)
+    env.step(RIGHT)
+    env.close()
+    assert calls == ["answer", "wait for 0.1 s", "show"] * 2
+
+
+@pytest.mark.parametrize("quit_pygame", [pygame.quit, pygame.display.quit])
+def test_a_window_is_opened_again_when_another_environment_has_closed_it(
+    quit_pygame: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    env = RoboParkingEnv(render_mode="human")
+    env.reset(seed=0)
+    quit_pygame()  # as a second environment does, and Gymnasium's CartPole
+    env.step(RIGHT)
+    window = pygame.display.get_surface()
+    assert window is not None
+    assert window.get_size() == (600, 600)
     env.close()
 
 

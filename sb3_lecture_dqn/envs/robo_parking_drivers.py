@@ -70,8 +70,8 @@ def find_optimal_drive(
             index = parked[next_costs[parked].argmin()]
             best_cost, best_step = next_costs[index], len(steps)
             best_parent, best_action = index % n_states, index // n_states
-        # A state that cannot beat the best drive is dropped; nor does a parked robot drive on.
-        kept = np.flatnonzero((norms >= GOAL_TOLERANCE) & (next_costs < best_cost))
+        # A state that cannot beat the best drive is dropped, and with that each one that is parked.
+        kept = np.flatnonzero(next_costs < best_cost)
         kept = kept[_first_of_equals(next_states[:, kept], next_costs[kept])]
         if kept.size > width:
             estimates = next_costs[kept] + _cost_without_choice(next_states[:, kept], strongest_push, drag)

@@ -84,7 +84,8 @@ class LotRenderer:
 
         :param trail: As in :meth:`draw`
         """
-        if self._window is None:
+        # another environment's close() may have ended the display, and no window outlives that
+        if self._window is None or pygame.display.get_surface() is not self._window:
             pygame.display.init()
             pygame.display.set_caption("RoboParking")
             self._window = pygame.display.set_mode((SIZE, SIZE))
