@@ -79,7 +79,8 @@ def test_the_lander_passes_gymnasiums_checker(lander: gymnasium.Env[np.ndarray, 
     assert (lander.spec.max_episode_steps, lander.spec.reward_threshold) == (1000, 200)
 
 
-def test_an_existing_registration_is_kept() -> None:
-    spec = gymnasium.spec("LunarLander-v2")
+@pytest.mark.parametrize("env_id", ["LunarLander-v2", "LunarLanderContinuous-v2", "RoboParking-v0", "MinAtar/Breakout-v1"])
+def test_an_existing_registration_is_kept(env_id: str) -> None:
+    spec = gymnasium.spec(env_id)
     sb3_lecture_dqn.register_envs()
-    assert gymnasium.spec("LunarLander-v2") is spec
+    assert gymnasium.spec(env_id) is spec

@@ -43,6 +43,21 @@ def test_a_seed_decides_an_episode_whatever_was_played_before() -> None:
         assert play(played, seed) == play(gymnasium.make(minatar_breakout.ENV_ID), seed)
 
 
+def test_the_episodes_after_a_seeds_are_minatars() -> None:
+    minatar_gym = pytest.importorskip("minatar.gym")
+    ours, theirs = gymnasium.make(minatar_breakout.ENV_ID), minatar_gym.BaseEnv("breakout", use_minimal_action_set=True)
+    seed: int | None = 0
+    for episode in range(10):
+        our_observation, their_observation = ours.reset(seed=seed)[0], theirs.reset(seed)[0]
+        is_over, seed, step = False, None, 0
+        while not is_over:
+            np.testing.assert_array_equal(our_observation, their_observation)
+            action, step = (1, 2)[(episode + step) % 2], step + 1
+            (our_observation, *ours_of_step, _), (their_observation, *theirs_of_step, _) = ours.step(action), theirs.step(action)
+            assert ours_of_step == theirs_of_step
+            is_over = ours_of_step[1]
+
+
 def test_breakout_passes_gymnasiums_checker_and_its_pictures_show_something() -> None:
     env = gymnasium.make(minatar_breakout.ENV_ID, render_mode="rgb_array")
     check_env(env.unwrapped, skip_render_check=True)
@@ -51,6 +66,7 @@ def test_breakout_passes_gymnasiums_checker_and_its_pictures_show_something() ->
     assert isinstance(picture, np.ndarray)
     assert (picture.shape, picture.dtype) == ((10, 10, 3), np.uint8)
     assert picture.max() > 200
+    assert env.metadata["render_fps"] == 20  # which a film asks for
 
 
 @pytest.mark.usefixtures("without_minatar")
