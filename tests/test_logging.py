@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.metrics import RunningMeans
@@ -55,8 +57,20 @@ def test_running_means_go_on_from_a_pickle() -> None:
     assert means.pop() == {"loss": 3.0}
 
 
-def test_metrics_of_training_calls_with_batches_of_different_sizes_are_those_of_each() -> None:
-    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, seed=0)
+class BufferThatOverwrites(ReplayBuffer):
+    """Gives the same tensors for each batch of a size."""
+
+    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+        samples = super().sample(batch_size, env)
+        given: ReplayBufferSamples = self.__dict__.setdefault("given", {}).setdefault(batch_size, samples)
+        for kept, drawn in zip(given[:5], samples[:5], strict=True):
+            kept.copy_(drawn)
+        return given
+
+
+@pytest.mark.parametrize("buffer_class", [None, BufferThatOverwrites])
+def test_metrics_of_training_calls_with_batches_of_different_sizes_are_those_of_each(buffer_class: Any) -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, replay_buffer_class=buffer_class, seed=0)
     model.learn(60)
     means = []
     for at_once in (True, False):
@@ -69,6 +83,28 @@ def test_metrics_of_training_calls_with_batches_of_different_sizes_are_those_of_
                 sums += th.tensor(list(other._training_metrics.pop().values()))
         means.append(list(other._training_metrics.pop().values()) if at_once else (sums / 4).tolist())
     assert means[0] == pytest.approx(means[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_the_metrics_are_the_loss_the_means_and_the_norm_of_the_gradient_before_clipping(is_fast: bool) -> None:
+    settings: dict[str, Any] = {"learning_starts": 20, "max_grad_norm": 1e-3, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", **settings).learn(60)
+    if not is_fast:
+        model._current_fast_update = lambda: None  # type: ignore[method-assign]
+    model._training_metrics.pop()
+    batch = model._sample_batch(32)
+    model._sample_batch = lambda _: batch  # type: ignore[method-assign]
+    with th.no_grad():
+        next_values = model.q_net_target(batch.next_observations).max(dim=1, keepdim=True).values
+        targets = batch.rewards + (1 - batch.dones) * model.gamma * next_values
+    q_values = model.q_net(batch.observations).gather(1, batch.actions)
+    loss = (q_values - targets).pow(2).mean()
+    gradients = th.autograd.grad(loss, list(model.q_net.parameters()))
+    norm = th.cat([gradient.flatten() for gradient in gradients]).norm()
+    model.train(1, 32)
+    values = {"loss": loss, "q_values": q_values.mean(), "td_target": targets.mean(), "gradient_norm": norm}
+    assert norm > 1e-3
+    assert model._training_metrics.pop() == pytest.approx({name: value.item() for name, value in values.items()}, rel=1e-4)
 
 
 def test_a_metric_keeps_no_graph_alive() -> None:
