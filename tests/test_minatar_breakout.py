@@ -53,7 +53,10 @@ def test_the_episodes_after_a_seeds_are_minatars() -> None:
         while not is_over:
             np.testing.assert_array_equal(our_observation, their_observation)
             action, step = (1, 2)[(episode + step) % 2], step + 1
-            (our_observation, *ours_of_step, _), (their_observation, *theirs_of_step, _) = ours.step(action), theirs.step(action)
+            (our_observation, *ours_of_step, _), (their_observation, *theirs_of_step, _) = (
+                ours.step(action),
+                theirs.step(action),
+            )
             assert ours_of_step == theirs_of_step
             is_over = ours_of_step[1]
 

@@ -403,11 +403,43 @@ def test_a_row_without_results_says_so(tmp_path: Path) -> None:
     assert cells == [CARTPOLE, "20 000", "not run yet", "not run yet", "≥ 500", "open", "500 at 50 000 steps"]
 
 
-def test_a_row_with_missing_seeds_says_how_many_it_has(tmp_path: Path) -> None:
-    write_results(CARTPOLE, 3, tmp_path, ours=500)
+@pytest.mark.parametrize(("n_seeds", "ours"), [(1, "500.0 (1 of 10 seeds)"), (3, "501.0 [500.0, 502.0] (3 of 10 seeds)")])
+def test_a_row_with_missing_seeds_says_how_many_it_has(n_seeds: int, ours: str, tmp_path: Path) -> None:
+    write_results(CARTPOLE, n_seeds, tmp_path, ours=500)
     cells = row_of_table(tables.tuned_table(tmp_path), CARTPOLE)
-    assert cells[2].endswith("(3 of 10 seeds)")
+    assert cells[2] == ours
     assert cells[5] == "open"
+
+
+def test_a_row_without_a_target_is_judged_against_sb3s(tmp_path: Path) -> None:
+    name, env = "MinAtar-Breakout", "MinAtar/Breakout-v1"
+    for run in results.runs_of(name, ROWS[name], ["lecture_dqn"]):
+        results.append_result(made_up_result(run, 5.0 + run.seed), tmp_path)
+    assert row_of_table(tables.tuned_table(tmp_path), env)[4:6] == ["above SB3's DQN", "open"]
+    for theirs, verdict in ((5.0, "no"), (4.9, "yes")):
+        (tmp_path / str(theirs)).mkdir()
+        write_results(name, 3, tmp_path / str(theirs), ours=5.0, theirs=theirs)
+        assert row_of_table(tables.tuned_table(tmp_path / str(theirs)), env)[5] == verdict
+
+
+def test_a_minus_sign_is_one_and_zero_has_none() -> None:
+    assert [tables.number(value) for value in (-1.26, -0.04, 0.04, 3)] == ["−1.3", "0.0", "0.0", "3.0"]
+
+
+def test_the_score_of_a_seed_stands_under_its_number(tmp_path: Path) -> None:
+    for run in results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["dqn"], [7, 2]):
+        results.append_result(made_up_result(run, 100.0 + run.seed), tmp_path)
+    assert row_of_table(tables.seed_table(tmp_path), CARTPOLE)[1:] == [
+        "SB3's DQN",
+        *("102.0" if seed == 2 else "107.0" if seed == 7 else "" for seed in range(10)),
+    ]
+
+
+def test_the_dates_are_the_first_and_the_last(tmp_path: Path) -> None:
+    dates = ("2030-01-05", "2030-01-09", "2030-01-02")
+    for run, date in zip(results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["dqn"], range(3)), dates, strict=True):
+        results.append_result({**made_up_result(run), "date": date}, tmp_path)
+    assert "| dates | 2030-01-02 to 2030-01-09 |" in tables.versions_table(tmp_path)
 
 
 def test_a_whole_row_is_judged(tmp_path: Path) -> None:
@@ -459,10 +491,15 @@ def test_a_run_that_never_lands_counts_with_its_full_time(tmp_path: Path) -> Non
     name = "LunarLander-v2"
     for run in results.runs_of(name, ROWS[name]):
         lands = run.algorithm == "lecture_dqn" and run.seed < 8
-        curve = ((5_000, 4.0, 120.0), (10_000, 8.0, 230.0 if lands else 199.9), (15_000, 12.0, 100.0))
+        curve = ((5_000, 4.0, 120.0), (10_000, 8.0, 200.0 if lands else 199.9), (15_000, 12.0, 100.0))
         results.append_result(made_up_result(run, curve=curve), tmp_path)
     cells = row_of_table(tables.time_table(tmp_path), name)
     assert cells[2:] == ["8 s (8 of 10 seeds got there)", "50 s (0 of 10 seeds got there)", "0.16"]
+    axes = figures.draw_time_to_solve(name, tables.read_row(name, tmp_path)).axes[0]
+    plt.close("all")
+    shares = {str(line.get_label()).partition(",")[0]: list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert shares["LectureDQN"] == [(0, 0), *((8, n / 10) for n in range(1, 9)), (50, 0.8)]
+    assert shares["SB3's DQN"] == [(0, 0), (50, 0)]
 
 
 def test_a_run_that_diverged_early_does_not_count_as_a_quick_one(tmp_path: Path) -> None:
@@ -507,6 +544,7 @@ def test_further_seeds_are_a_table_of_their_own(tmp_path: Path) -> None:
     cells = row_of_table(tables.further_table(tmp_path), CARTPOLE)
     assert cells[1:3] == ["20 000", "3"]
     assert cells[3].startswith("−3.3 [")
+    assert cells[3].endswith("]")
     assert cells[4] == "−10.0, −9.0, 9.0"
     assert tables.tuned_table(tmp_path) == before
 
@@ -515,6 +553,8 @@ def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> Non
     name = "LunarLander-v2"
     assert figures.draw_all(figures.read_rows(tmp_path)) == {}
     write_results("Acrobot-v1", 1, tmp_path)  # too few
+    for run in results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["lecture_dqn"], range(3)):  # nothing to compare with
+        results.append_result(made_up_result(run), tmp_path)
     for run in results.runs_of(name, ROWS[name], seeds=range(3)):
         points = tuple((5_000 * (i + 1), 4.0 * i, 10.0 * i * run.seed) for i in range(results.N_EVALUATIONS))
         results.append_result(made_up_result(run, 200.0 + run.seed, points), tmp_path)
@@ -524,6 +564,21 @@ def test_pictures_are_drawn_of_the_rows_that_have_results(tmp_path: Path) -> Non
     assert [axes.get_title() for axes in curves.axes if axes.get_visible()] == ["LunarLander-v2\n100 000 steps"]
     lines = {line.get_label(): line.get_ydata() for line in curves.axes[0].lines}
     assert lines["LectureDQN"] == pytest.approx(range(0, 200, 10))  # of the middle seed
+    plt.close("all")
+
+
+def test_each_row_of_a_picture_is_beside_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "N_RESAMPLES_OF_PAIRS", 10)
+    write_results("Acrobot-v1", 3, tmp_path, ours=10.0)
+    write_results("MountainCar-v0", 3, tmp_path, theirs=10.0)
+    rows = figures.read_rows(tmp_path)
+    better = figures.draw_probability_of_improvement(rows).axes[0]
+    names = {tick.get_text().partition(",")[0]: height for height, tick in enumerate(better.get_yticklabels())}
+    probabilities = {float(np.mean(line.get_ydata())): float(line.get_xdata()[0]) for line in better.lines[:2]}  # type: ignore[arg-type, index]
+    assert {name: probabilities[height] for name, height in names.items()} == {"Acrobot-v1": 1, "MountainCar-v0": 0}
+    scores = figures.draw_iqm(rows).axes[0]
+    bars = {bar.get_label(): (bar.patches[0].get_x(), round(bar.patches[0].get_y())) for bar in scores.containers}
+    assert bars == {"LectureDQN": (10.0, 1), "SB3's DQN": (0.0, 0)}
     plt.close("all")
 
 
@@ -561,8 +616,23 @@ def test_the_tables_of_another_folder_are_printed_and_not_written(
     monkeypatch.setattr(tables, "FILES", [tmp_path / "untouched.md"])
     monkeypatch.setattr(sys, "argv", ["tables.py", "--folder", str(tmp_path)])
     tables.main()
-    assert row_of_table(capsys.readouterr().out, CARTPOLE)[2].startswith("401.0 [400.0, 402.0]")
+    output = capsys.readouterr().out
+    assert row_of_table(output, CARTPOLE)[2].startswith("401.0 [400.0, 402.0]")
+    assert "images/" not in output
     assert not (tmp_path / "untouched.md").exists()
+
+
+def test_the_tables_are_written_into_their_places_and_all_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.md"
+    marked = "<!-- results:versions -->{}<!-- /results:versions -->"
+    file.write_text(f"# ε\n{marked.format('old')}\nbetween\n{marked.format('')}\nend\n")
+    monkeypatch.setattr(tables, "FILES", [file])
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    for _ in range(2):  # once more changes nothing
+        tables.main()
+        table = f"\n\n{tables.versions_table(results.FOLDER)}\n\n"
+        assert file.read_text() == f"# ε\n{marked.format(table)}\nbetween\n{marked.format(table)}\nend\n"
 
 
 def test_help_writes_no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
