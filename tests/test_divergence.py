@@ -201,6 +201,14 @@ def test_numbers_that_go_wrong_in_the_last_steps_are_noticed() -> None:
         model.learn(597, callback=BreakNetwork(594))
 
 
+def test_an_explosion_in_the_last_steps_is_noticed() -> None:
+    model = make_model(PoisonedEnv()).learn(100)
+    with th.no_grad():
+        model.q_net.q_net[-1].bias += 1e9
+    with pytest.raises(DivergenceError, match="Q explodes"):
+        model.learn(20, reset_num_timesteps=False)
+
+
 def test_a_large_q_that_was_trained_on_rewards_of_the_past_is_no_explosion(tmp_path: Path) -> None:
     model = make_model(PoisonedEnv(reward=0.0, poisoned_from=0), gamma=0.9)
     with th.no_grad():

@@ -501,6 +501,11 @@ def take_another_target_network_in_the_algorithm_alone(model: LectureDQN) -> Non
     model.q_net_target.q_net[-1].bias.data.fill_(1.0)
 
 
+def exchange_a_parameter_of_the_target(model: LectureDQN) -> None:
+    layer = model.q_net_target.q_net[0]
+    layer.weight = nn.Parameter(layer.weight.detach().flip(1))
+
+
 def exchange_a_layer_norm(model: LectureDQN) -> None:
     model.q_net.q_net[1] = DoubledNorm(16, dtype=th.float64)
     take_another_adam(model)
@@ -521,6 +526,7 @@ def exchange_a_layer_norm(model: LectureDQN) -> None:
         register_a_full_backward_hook,
         register_a_hook_of_the_target,
         register_a_hook_of_the_optimizer,
+        exchange_a_parameter_of_the_target,
         exchange_a_layer_norm,
         turn_the_optimizers_step_round,
         double_a_layers_outputs,

@@ -136,6 +136,26 @@ def test_every_promised_value_is_logged(tmp_path: Path) -> None:
     assert last["train/td_target"] > last["train/q_values"] * 0.5 > 0
 
 
+@pytest.mark.parametrize("activation_fn", [th.nn.LeakyReLU, th.nn.Tanh], ids=["fast update", "plain update"])
+def test_metrics_are_logged_as_soon_as_an_interval_is_over_whatever_a_call_trains_at_once(
+    activation_fn: type[th.nn.Module],
+) -> None:
+    policy_kwargs = {"net_arch": [8], "activation_fn": activation_fn}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=200, policy_kwargs=policy_kwargs, seed=0).learn(200)
+    for n_steps, is_logged in ((60, False), (60, True), (60, False), (20, True)):
+        model.logger.name_to_value.clear()
+        model.train(n_steps, 16)
+        assert ("train/loss" in model.logger.name_to_value) == is_logged
+    assert model._n_updates == 2 * model.metrics_interval
+    assert model._training_metrics.pop() == {}  # those of the last step were logged too
+
+
+def test_the_end_of_a_training_logs_what_the_last_interval_has_not() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=20, policy_kwargs={"net_arch": [8]}, seed=0).learn(40)
+    assert 0 < model._n_updates < model.metrics_interval
+    assert model.logger.name_to_value["train/loss"] > 0
+
+
 def test_the_device_is_read_once_in_many_gradient_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     for name in ("item", "tolist", "__float__", "__bool__"):

@@ -426,22 +426,6 @@ def test_a_minus_sign_is_one_and_zero_has_none() -> None:
     assert [tables.number(value) for value in (-1.26, -0.04, 0.04, 3)] == ["−1.3", "0.0", "0.0", "3.0"]
 
 
-def test_the_score_of_a_seed_stands_under_its_number(tmp_path: Path) -> None:
-    for run in results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["dqn"], [7, 2]):
-        results.append_result(made_up_result(run, 100.0 + run.seed), tmp_path)
-    assert row_of_table(tables.seed_table(tmp_path), CARTPOLE)[1:] == [
-        "SB3's DQN",
-        *("102.0" if seed == 2 else "107.0" if seed == 7 else "" for seed in range(10)),
-    ]
-
-
-def test_the_dates_are_the_first_and_the_last(tmp_path: Path) -> None:
-    dates = ("2030-01-05", "2030-01-09", "2030-01-02")
-    for run, date in zip(results.runs_of(CARTPOLE, ROWS[CARTPOLE], ["dqn"], range(3)), dates, strict=True):
-        results.append_result({**made_up_result(run), "date": date}, tmp_path)
-    assert "| dates | 2030-01-02 to 2030-01-09 |" in tables.versions_table(tmp_path)
-
-
 def test_a_whole_row_is_judged(tmp_path: Path) -> None:
     write_results(CARTPOLE, 10, tmp_path, ours=495.5)  # seeds 495.5 to 504.5
     write_results("Acrobot-v1", 10, tmp_path, ours=-80)
@@ -544,7 +528,6 @@ def test_further_seeds_are_a_table_of_their_own(tmp_path: Path) -> None:
     cells = row_of_table(tables.further_table(tmp_path), CARTPOLE)
     assert cells[1:3] == ["20 000", "3"]
     assert cells[3].startswith("−3.3 [")
-    assert cells[3].endswith("]")
     assert cells[4] == "−10.0, −9.0, 9.0"
     assert tables.tuned_table(tmp_path) == before
 

@@ -25,11 +25,12 @@ class Numbers(gymnasium.Env[int, int]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         super().reset(seed=seed)
-        return 0, {"options": options}
+        return 0, {"options": options, "n_steps": len(self.info["seen"])}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        self.info["seen"].append(int(action))
-        return int(action), 1 / 3, action == 9, action >= 8, self.info
+        action = int(action)  # so that the rest is of Python's types
+        self.info["seen"].append(action)
+        return action, 1 / 3, action == 9, action >= 8, self.info
 
 
 class Parts(Numbers):
@@ -46,12 +47,33 @@ class Parts(Numbers):
         return {"number": number}, *others
 
 
+class OneArray(Numbers):
+    """The same, its observations one array of another type than the space's."""
+
+    observation_space = spaces.Box(0, 10, (2,), np.float32)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = np.zeros(2)
+
+    def reset(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        number, info = super().reset(**kwargs)
+        self.array[:] = number
+        return self.array, info
+
+    def step(self, action: int) -> Any:
+        number, *others = super().step(action)
+        self.array[:] = number, 1 / 3
+        return self.array, *others
+
+
 @pytest.mark.parametrize(
     ("make_env", "actions"),
     [
         (lambda: Monitor(CountingEnv(3)), [0, 1, 2, 0, 1, 2, 0, 0, 0]),
         (Numbers, [4, 8, 9, 0, 8]),
         (Parts, [4, 8, 9, 0, 8]),
+        (OneArray, [4, 8, 9, 0, 8]),
     ],
 )
 def test_its_steps_are_those_of_sb3(make_env: Any, actions: list[int]) -> None:
@@ -74,12 +96,13 @@ def _without_times(infos: list[dict[str, Any]]) -> list[str]:
     return [repr({**info, "episode": {**info.get("episode", {}), "t": 0}}) for info in infos]
 
 
-def test_what_a_step_gave_does_not_change_in_the_next() -> None:
-    env = SingleVecEnv(Numbers())
+@pytest.mark.parametrize(("make_env", "expected"), [(Numbers, [3]), (OneArray, [[3, np.float32(1 / 3)]])])
+def test_what_a_step_gave_does_not_change_in_the_next(make_env: Any, expected: list[Any]) -> None:
+    env = SingleVecEnv(make_env())
     env.reset()
     observations, _, _, infos = env.step(np.array([3]))
     env.step(np.array([5]))
-    assert observations.tolist() == [3]
+    assert observations.tolist() == expected
     assert infos[0]["seen"] == [3]
 
 
@@ -153,7 +176,7 @@ def test_seeds_and_options_reach_the_environment() -> None:
     env.seed(3)
     env.set_options({"start": 1})
     env.reset()
-    assert env.reset_infos == [{"options": {"start": 1}}]
+    assert env.reset_infos == [{"options": {"start": 1}, "n_steps": 0}]
 
 
 class Image(gymnasium.Env[np.ndarray, int]):
