@@ -2,13 +2,16 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
-KILLED = "killed"
+KILLED, LEFT = "killed", "left"
 
 
 def write_or_die(name: str, folder: Path) -> None:
-    """Write a file, or be killed before."""
+    """Write a file, or be killed before, or leave that to another command."""
     if name == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == LEFT:
+        sys.exit(os.EX_TEMPFAIL)
     (folder / name).touch()

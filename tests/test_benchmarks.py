@@ -1,6 +1,8 @@
 """The programs of benchmarks/ that measure: that each runs with its documented arguments, and what it counts."""
 
+import contextlib
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -130,6 +132,61 @@ def test_a_peer_that_does_not_start_is_left_out(
     assert not workers
     assert output == "left out: sbx does not start; its error is above\n"
     assert "no such version of JAX" in errors
+
+
+def test_the_peer_that_all_are_compared_with_has_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ChildProcessError("lecture_dqn does not start; its error is above")
+
+    monkeypatch.setattr(speed, "Worker", refuse)
+    with pytest.raises(SystemExit, match=r"^lecture_dqn does not start; its error is above$"):
+        speed.measure("train", 1, 1)
+
+
+def test_a_ratio_says_how_many_times_faster_we_are_and_of_the_floor_how_many_times_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = {"lecture_dqn": [200.0, 300.0, 200.0], "sb3": [100.0, 50.0, 100.0], "floor": [400.0, 400.0, 500.0]}
+    monkeypatch.setattr(speed, "measure", lambda name, *_: rates)
+    file = tmp_path / "rounds.jsonl"
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--rows", "gradient_step", "collect", "--output", str(file)])
+    speed.main()
+    assert capsys.readouterr().out.splitlines()[-6:-3] == [
+        "| one gradient step | lecture_dqn | 200 (200 to 300) steps/s |  |",
+        "| one gradient step | sb3 | 100 (50 to 100) steps/s | 2.00 × |",
+        "| one gradient step | floor | 400 (400 to 500) steps/s | 2.00 × the floor's time |",
+    ]
+    assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == ["gradient_step", "collect"]
+
+
+@pytest.mark.parametrize("row", ["train", "collect", "robo_parking", "gradient_step"])
+def test_a_rate_counts_the_steps_that_were_made(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        """Each of its steps takes a second."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.seconds = 0
+
+        def learn(self, steps: int, **_: Any) -> None:
+            self.seconds += steps
+
+        def train(self, gradient_steps: int, batch_size: int) -> None:
+            self.seconds += gradient_steps
+
+    model = Model()
+    monkeypatch.setattr(speed, "algorithm", lambda peer: lambda *_, **__: model)
+    one_round = speed.ROWS[row].rounds_of("sb3")
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: model.seconds)
+    assert one_round() == 1
+
+
+def test_one_core_is_busy_in_the_row_that_says_so_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(speed, "busy_core", lambda is_busy: (asked.append(is_busy), contextlib.nullcontext())[1])
+    monkeypatch.setattr(speed, "_start", lambda *_: None)
+    for name in speed.ROWS:
+        speed.measure(name, 1, 1)
+    assert [name for name, is_busy in zip(speed.ROWS, asked, strict=True) if is_busy] == ["train_busy"]
 
 
 def test_all_rows_but_cudas_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import results
 import tables
-from dying import KILLED, write_or_die
+from dying import KILLED, LEFT, write_or_die
 from matplotlib import pyplot as plt
 from PIL import Image
 from results import ROWS, Run
@@ -149,7 +149,7 @@ def test_runs_are_interleaved_seed_by_seed() -> None:
 
 
 @pytest.mark.parametrize("folder", [[], ["--folder", "results"], ["--folder", "../benchmarks/results"]])
-@pytest.mark.parametrize("experiment", [["--params", '{"gamma": 0.9}'], ["--seeds", "10"]])
+@pytest.mark.parametrize("experiment", [["--params", '{"gamma": 0.9}'], ["--seeds", "10"], ["--steps", "300"]])
 def test_an_experiment_does_not_touch_the_committed_results(
     experiment: list[str], folder: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,10 +247,20 @@ def test_a_result_that_cannot_be_written_is_printed(
 
 
 def test_a_killed_run_loses_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = ["first", KILLED, "last"]
+    runs = ["first", KILLED, LEFT, "last"]
     assert results.run_in_processes(runs, tmp_path, 2, write_or_die) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "last"]
-    assert "killed: FAILED with exit code -9" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "killed: FAILED with exit code -9" in output
+    assert "left: left to the command that is training it" in output
+
+
+def test_a_command_with_failed_runs_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "run_in_processes", lambda *_: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--rows", CARTPOLE, "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^2 runs have failed; the same command repeats them$"):
+        results.main()
 
 
 def test_a_crash_while_a_line_is_written_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +297,7 @@ def test_a_result_of_other_settings_is_not_counted(tmp_path: Path) -> None:
 
 def test_the_zoos_entry_is_read_as_the_zoo_reads_it(tmp_path: Path) -> None:
     params = {"n_envs": 2, "learning_rate": "lin_1e-3", "normalize": True, "frame_stack": 3, "train_freq": 4}
-    params["policy_kwargs"] = "dict(net_arch=[32])"
+    params |= {"policy_kwargs": "dict(net_arch=[32])", "n_timesteps": 7}
     manager, model = results.make_manager(Run(CARTPOLE, ROWS[CARTPOLE], "dqn", 0, params), tmp_path)
     assert manager.n_timesteps == 20_000  # the row's budget, not the entry's
     assert model.n_envs == 2
@@ -295,6 +305,33 @@ def test_the_zoos_entry_is_read_as_the_zoo_reads_it(tmp_path: Path) -> None:
     assert model.get_vec_normalize_env() is not None
     assert model.observation_space.shape == (12,)
     assert model.policy_kwargs["net_arch"] == [32]
+
+
+def test_an_evaluation_normalizes_as_the_training_does_by_now(tmp_path: Path) -> None:
+    run = Run(CARTPOLE, ROWS[CARTPOLE], "lecture_dqn", 0, {"normalize": True, "n_envs": 2, "train_freq": 4})
+    manager, model = results.make_manager(run, tmp_path)
+    env = results.make_evaluation_env(manager, 77)
+    model.learn(40)
+    results.greedy_returns(model, env, 1)
+    np.testing.assert_array_equal(cast(Any, env).obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
+    assert model.get_vec_normalize_env().obs_rms.count > 40
+
+
+def test_each_evaluation_has_seeds_of_its_own_and_the_optimal_driver_those_of_the_final_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first_seeds: list[int] = []
+    make_evaluation_env = results.make_evaluation_env
+    monkeypatch.setattr(
+        results,
+        "make_evaluation_env",
+        lambda manager, first_seed: (first_seeds.append(first_seed), make_evaluation_env(manager, first_seed))[1],
+    )
+    monkeypatch.setattr(results, "optimal_return", lambda _, first_seed: float(first_seeds.append(first_seed) or 0))
+    row = dataclasses.replace(ROWS[CARTPOLE], steps=20, is_relative=True)
+    for seed in (0, 3):
+        results.train_and_evaluate(Run(CARTPOLE, row, "lecture_dqn", seed))
+    assert first_seeds == [6_000_000, 5_000_000, 5_000_000, 6_003_000, 5_003_000, 5_003_000]
 
 
 def test_no_run_goes_on_from_the_checkpoints_that_the_zoo_was_told_to_make(
@@ -325,6 +362,7 @@ def test_a_run_that_diverges_counts_with_the_policy_that_it_has(monkeypatch: pyt
     row = dataclasses.replace(ROWS[CARTPOLE], steps=60)
     result = results.train_and_evaluate(Run(CARTPOLE, row, "lecture_dqn", 0, {"learning_starts": 10, "train_freq": 20}))
     assert result["error"] == "Q has exploded"
+    assert result["steps"] == 20
     assert len(result["returns"]) == 100
 
 
@@ -351,7 +389,8 @@ def test_the_optimal_driver_starts_where_the_evaluation_starts() -> None:
     class AlongKerbs:
         """A model that is not learned."""
 
-        def predict(self, observations: np.ndarray, **_: Any) -> tuple[np.ndarray, None]:
+        def predict(self, observations: np.ndarray, deterministic: bool = False, **_: Any) -> tuple[np.ndarray, None]:
+            assert deterministic
             return drive_along_kerbs(observations), None
 
         def get_env(self) -> None:
