@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from matplotlib.figure import Figure
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs.robo_parking_drivers import find_optimal_drive
@@ -259,6 +260,15 @@ def test_what_a_film_cannot_have_is_named(name: str, value: Any, example: Any, t
     (tmp_path / "args.yml").write_text(yaml.dump({"env_kwargs": None}))
     with pytest.raises(SystemExit, match=f"^error: --env must be of an entry without {name}, got CartPole-v1"):
         example("film")["make_env"]("CartPole-v1", tmp_path)
+
+
+def test_several_seeds_are_drawn_as_their_median_and_their_range(example: Any) -> None:
+    figure = Figure()
+    curves = [[1.0, 5.0], [2.0, 6.0], [9.0, 16.0]]
+    line = example("_plots")["plot_band"](figure.subplots(), [0, 1], curves, "seeds", "black")
+    assert line.get_ydata().tolist() == [2, 6]
+    (band,) = figure.axes[0].collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {(0, 1), (0, 9), (1, 5), (1, 16)}
 
 
 def test_the_table_says_how_far_a_driver_is_below_the_optimum(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
