@@ -14,7 +14,7 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.lecture_dqn import epsilon_greedy
-from sb3_lecture_dqn.seeding import numpy_draws_from
+from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 
 N_ENVS = 20_000
 
@@ -164,6 +164,15 @@ def test_a_global_seed_decides_a_run_without_a_seed_of_its_own() -> None:
         np.random.seed(5)
         actions.append(make_model(1.0, seed=None).predict(observations)[0])
     np.testing.assert_array_equal(actions[0], actions[1])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_of_its_own_decides_a_generator_whatever_the_global_one_would_draw(seed: int) -> None:
+    draws = []
+    for global_seed in (5, 6):
+        np.random.seed(global_seed)
+        draws.append(make_generator(seed).random())
+    assert draws[0] == draws[1]
 
 
 def test_two_seeds_explore_differently() -> None:

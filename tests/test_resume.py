@@ -488,6 +488,10 @@ def test_a_progress_bar_is_no_part_of_the_run(tmp_path: Path) -> None:
     assert differences(expected, model) == []
 
 
+class OwnReplayBuffer(ReplayBuffer):
+    """A buffer of another name."""
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     run(lambda: small_model("CartPole-v1"), 150, tmp_path)
     with pytest.raises(ValueError, match=r"gamma must be 0.99, with which the run in .* was started, got 0.5"):
@@ -496,6 +500,17 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         run(lambda: small_model("CartPole-v1"), 300, tmp_path)
     with pytest.raises(ValueError, match="seed must be 3"):
         run(lambda: small_model("CartPole-v1", seed=4), 150, tmp_path)
+    for changed in (
+        {"learning_rate": 0.5},
+        {"train_freq": 5},
+        {"policy_kwargs": {"net_arch": [9]}},
+        {"replay_buffer_class": OwnReplayBuffer},
+        {"replay_buffer_kwargs": {"handle_timeout_termination": True}},
+        {"optimize_memory_usage": True},
+    ):
+        (name, *_) = changed
+        with pytest.raises(ValueError, match=f"^{name} must be .*, with which the run in"):
+            run(lambda changed=changed: small_model("CartPole-v1", **changed), 150, tmp_path)
 
 
 def windy_lander(**kwargs: Any) -> VecEnv:

@@ -1,13 +1,17 @@
 """Scores, studies and what outlives a process: everything of tuning that needs no engine."""
 
+import asyncio
 import contextlib
+import io
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +21,19 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from postgres import PostgresServer
+from sqlalchemy import exc
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN, tune, zoo
 from sb3_lecture_dqn.envs import minatar_breakout
-from sb3_lecture_dqn.processes import here
+from sb3_lecture_dqn.processes import here, is_alive
 from sb3_lecture_dqn.search_space import merge_policy_kwargs
 from sb3_lecture_dqn.tuning import studies
-from sb3_lecture_dqn.tuning.driver import Outcome
+from sb3_lecture_dqn.tuning.driver import Outcome, Report
+from sb3_lecture_dqn.tuning.report import Progress, write_report
 from sb3_lecture_dqn.tuning.scoring import FIRST_SEED, score_on_seeds
-from sb3_lecture_dqn.tuning.storage import hold, let_go, open_storage, put_back, wait_for_outages
+from sb3_lecture_dqn.tuning.storage import first_line, hold, let_go, open_storage, put_back, wait_for_outages
 from sb3_lecture_dqn.tuning.studies import RUNNER, SCORING, Runner, note_entry, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=200, eval_episodes=1)
@@ -58,7 +64,7 @@ def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def fake_manager(**attributes: Any) -> Any:
-    return SimpleNamespace(n_evaluations=1, optimization_log_path=None, **attributes)
+    return SimpleNamespace(n_evaluations=4, optimization_log_path=None, **attributes)
 
 
 def reporting_objective(scores: list[float]) -> Any:
@@ -85,9 +91,9 @@ class PruneAtStep(optuna.pruners.BasePruner):
 @pytest.mark.parametrize(
     ("step", "state", "scores", "intermediate"),
     [
-        (None, TrialState.COMPLETE, [1.0, 2.0, 6.0], {1: 1.0, 2: 1.5}),
+        (None, TrialState.COMPLETE, [1.0, 2.0, 6.0], {1: 1.0, 5: 1.5}),
         (1, TrialState.PRUNED, None, {1: 1.0}),
-        (2, TrialState.PRUNED, [1.0, 2.0], {1: 1.0, 2: 1.5}),
+        (5, TrialState.PRUNED, [1.0, 2.0], {1: 1.0, 5: 1.5}),
     ],
 )
 def test_a_score_is_the_mean_over_seeds_and_a_trial_is_pruned_from_the_first_on(
@@ -203,11 +209,19 @@ def test_fewer_than_two_seeds_are_refused(zoo_train: Any, trial_seeds: Any) -> N
 
 
 def test_the_zoo_searches_in_memory_over_as_many_seeds_as_asked_for(zoo_train: Any, tmp_path: Path) -> None:
-    zoo_train(*SEARCH, "--n-trials", "1", "-params", "trial_seeds:3")
+    zoo_train(*SEARCH, "--n-trials", "1", "-params", "trial_seeds:3", "--optimization-log-path", "trials")
     (report,) = (tmp_path / "logs" / "lecture_dqn").glob("report_*.csv")
     header, row = report.read_text().splitlines()
     assert "user_attrs_scores" in header
     assert row.count("COMPLETE") == 1
+    assert len(list((tmp_path / "trials").rglob("trial_0/evaluations.npz"))) == 3  # one for each seed
+
+
+def test_the_zoo_searches_in_a_storage_in_which_it_names_the_study(zoo_train: Any) -> None:
+    with pytest.warns(UserWarning, match="no `--study-name`"):
+        zoo_train(*SEARCH, "--storage", "study.log", "--n-trials", "1")
+    (study,) = optuna.get_all_study_summaries(open_storage("study.log"))
+    assert study.best_trial is not None
 
 
 def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(zoo_train: Any, tmp_path: Path, storage_url: str) -> None:
@@ -230,6 +244,9 @@ def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Pa
         SystemExit, match=r"^error: study 'short' was made with n_timesteps 200, got 300: choose another[^\n]+$"
     ):
         zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1", "-n", "300")
+    for option, name in (("--eval-episodes", "eval_episodes"), ("--n-evaluations", "n_evaluations")):
+        with pytest.raises(SystemExit, match=rf"^error: study 'short' was made with {name} 1, got 2: choose another[^\n]+$"):
+            zoo_train(*SEARCH, "--storage", storage, "--study-name", "short", "--n-trials", "1", option, "2")
     with pytest.raises(SystemExit, match=r"^error: storage no url cannot be opened: [^\n]+$"):
         zoo_train(*SEARCH, "--storage", "no url", "--study-name", "short", "--n-trials", "1")
     for no_trials in ("--n-trials", "--max-total-trials"):
@@ -333,6 +350,32 @@ def until(condition: Any) -> None:
     raise AssertionError("it did not happen within two minutes")
 
 
+@pytest.mark.parametrize(
+    ("error", "lives"), [(ProcessLookupError, False), (PermissionError, True)], ids=["nobody's", "another user's"]
+)
+def test_a_process_that_may_not_be_asked_is_alive(error: type[OSError], lives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process_id: int, number: int) -> None:
+        assert number == 0
+        raise error
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert is_alive(1) is lives
+
+
+def test_containers_of_the_same_host_name_are_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+    for namespace in ("pid:[1]", "pid:[2]"):
+        monkeypatch.setattr(os, "readlink", lambda path, namespace=namespace: namespace)
+        places.append(here())
+    assert len({*places, here()}) == 2
+
+    def no_link(path: str) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "readlink", no_link)
+    assert here() == socket.gethostname()
+
+
 def open_cartpole_study(url: str, name: str = "study") -> optuna.Study:
     return open_study(open_storage(url), name, {"environment": "CartPole-v1"})
 
@@ -356,16 +399,20 @@ def test_a_trial_whose_process_died_is_retried_up_to_a_limit_and_then_fails(stor
     assert len(study.trials) == 1
 
 
-def test_a_trial_of_another_host_is_lost_when_its_runner_has_been_silent_for_some_looks(tmp_path: Path) -> None:
+def test_a_trial_of_another_host_is_lost_when_its_runner_has_been_silent_for_some_looks(
+    tmp_path: Path, dead_process_id: int
+) -> None:
     study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
-    claimed_trial(study, {"host": "elsewhere", "pid": os.getpid(), "beats": 0})
+    claimed_trial(study, {"host": "elsewhere", "pid": dead_process_id, "beats": 0})
     study.ask()  # by somebody who died before saying so
     runner = Runner(study)
-    for look in range(10):
-        study.set_user_attr(RUNNER + "other", {"host": "elsewhere", "pid": os.getpid(), "beats": look})
+    for _ in range(2):
         runner.put_lost_trials_back()
-    assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.WAITING]
+    for look in range(1, 10):
+        study.set_user_attr(RUNNER + "other", {"host": "elsewhere", "pid": dead_process_id, "beats": look})
+        runner.put_lost_trials_back()
     for _ in range(studies.LOOKS):
+        assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.WAITING]
         runner.put_lost_trials_back()
     assert [trial.state for trial in study.trials] == [TrialState.WAITING, TrialState.WAITING]
 
@@ -381,11 +428,46 @@ def test_a_trial_that_nobody_claimed_is_lost_when_all_who_could_have_asked_for_i
     assert study.trials[0].state == TrialState.RUNNING
 
     study.set_user_attr(RUNNER + "other", {"host": here(), "pid": dead_process_id, "beats": 1})
-    with Runner(study):
+    with Runner(study) as runner:
         assert study.trials[0].state == TrialState.WAITING
+        study.ask()
+        runner.put_lost_trials_back()  # between the question and the claim, for which it is at work itself
+        assert study.trials[0].state == TrialState.RUNNING
+    assert study.trials[0].state == TrialState.WAITING
 
 
-def test_a_study_waits_while_its_database_is_away(postgres: PostgresServer) -> None:
+def test_a_runner_says_that_it_lives_and_takes_up_what_is_lost_while_it_runs(
+    tmp_path: Path, dead_process_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "BEAT_SECONDS", 0.05)
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    with Runner(study) as runner:
+        claimed_trial(study, {"host": here(), "pid": dead_process_id, "beats": 1})
+        until(lambda: study.trials[0].state == TrialState.WAITING)
+        until(lambda: study.user_attrs[RUNNER + runner.id]["beats"] >= 3)
+    assert study.user_attrs[RUNNER + runner.id] == {"ended": True}
+
+
+def test_a_lost_trial_that_another_takes_up_at_the_same_moment_is_left_to_it(
+    tmp_path: Path, dead_process_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    claimed_trial(study, {"host": here(), "pid": dead_process_id, "beats": 1})
+
+    def another_takes_it_up(process_id: int) -> bool:
+        put_back(study, study.trials[0])
+        study.ask().set_user_attr("runner", "third")
+        return False
+
+    monkeypatch.setattr(studies, "is_alive", another_takes_it_up)
+    Runner(study).put_lost_trials_back()
+    assert study.trials[0].state == TrialState.RUNNING
+    assert study.trials[0].user_attrs == {"runner": "third"}
+
+
+def test_a_study_waits_while_its_database_is_away_but_not_for_ever(
+    postgres: PostgresServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = open_storage(postgres.url())
     study = open_study(storage, "outage", {})
     wait_for_outages(storage)
@@ -405,6 +487,59 @@ def test_a_study_waits_while_its_database_is_away(postgres: PostgresServer) -> N
     trials = optuna.load_study(study_name="outage", storage=postgres.url()).trials
     assert [trial.value for trial in trials] == [None, 0.0, 1.0, 2.0, 3.0, 4.0]
     assert [trial.user_attrs.get("n") for trial in trials] == [None, 0, 1, 2, 3, 4]
+    assert sum("does not answer, waiting" in message for message in caplog.messages) == 1
+    assert "the study's database is back" in caplog.messages
+
+    monkeypatch.setattr("sb3_lecture_dqn.tuning.storage.PATIENCE_SECONDS", 0.0)
+    wait_for_outages(storage)
+    postgres.stop()
+    restart = threading.Timer(2.0, postgres.start)
+    restart.start()
+    try:
+        with pytest.raises(optuna.exceptions.StorageInternalError):
+            study.ask()
+    finally:
+        restart.join()
+
+
+def test_a_search_of_the_zoo_waits_while_its_database_is_away(
+    postgres: PostgresServer, zoo_train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = LectureDQN.learn
+    restart = threading.Timer(1.0, postgres.start)
+
+    def learn_without_the_database(model: LectureDQN, *args: Any, **kwargs: Any) -> LectureDQN:
+        if restart.ident is None:
+            postgres.stop()
+            restart.start()
+        return learn(model, *args, **kwargs)
+
+    monkeypatch.setattr(LectureDQN, "learn", learn_without_the_database)
+    try:
+        zoo_train(*SEARCH, "--storage", postgres.url(), "--study-name", "waiting", "--n-trials", "1")
+    finally:
+        restart.join()
+    assert states("waiting", postgres.url()) == [TrialState.COMPLETE]
+
+
+def test_a_database_whose_tables_another_process_makes_at_the_same_moment_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = optuna.storages.RDBStorage.__init__
+    races = iter([True])
+
+    def init_after_a_race(storage: Any, *args: Any) -> None:
+        if next(races, False):
+            raise exc.ProgrammingError("CREATE TABLE", {}, Exception("it exists already"))
+        init(storage, *args)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", init_after_a_race)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert open_cartpole_study(f"sqlite:///{tmp_path}/study.db").trials == []
+
+
+def test_an_error_without_words_is_called_by_its_type() -> None:
+    assert first_line(ConnectionResetError()) == "ConnectionResetError"
 
 
 def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_path: Path) -> None:
@@ -430,8 +565,13 @@ def test_held_trials_are_not_read_again_and_nothing_of_the_others_is_missed(tmp_
 def test_a_held_trial_that_was_put_back_before_counts_as_running(tmp_path: Path) -> None:
     study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
     put_back(study, study.ask())
-    hold(study, study.ask())
-    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
+    for _ in range(2):
+        trial = study.ask()
+        hold(study, trial)
+        assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
+        let_go(study, trial)
+        put_back(study, trial)
+        assert [trial.state for trial in study.get_trials()] == [TrialState.WAITING]
 
 
 @pytest.fixture
@@ -460,7 +600,9 @@ def test_the_best_trial_becomes_an_entry_that_the_zoo_trains(
     model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_1" / "CartPole-v1.zip")
     params = best_params(study_with_two_trials)
     assert (model.batch_size, model.q_net.net_arch) == (params["batch_size"], [params["width"]] * 2)
-    assert yaml.safe_load((tmp_path / "mine.yml").read_text())["CartPole-v1"]["n_timesteps"] == 200
+    written = (tmp_path / "mine.yml").read_text()
+    assert yaml.safe_load(written)["CartPole-v1"]["n_timesteps"] == 200
+    assert written.startswith("# Trial 1 of study best: 1.00, the mean over seeds [10000, 10001]\n")
 
 
 def test_the_best_entry_keeps_the_policy_kwargs_of_the_entry_that_the_search_started_from(
@@ -484,11 +626,15 @@ MountainCar-v0: *base
 """
 
 
-def test_an_entry_is_added_and_every_other_byte_stays(study_with_two_trials: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "mine.yml"
-    file.write_text(OTHERS.format(""))
+@pytest.mark.parametrize("name", ["mine.yml", "mine.yaml"])
+@pytest.mark.parametrize("before", [OTHERS.format(""), OTHERS.format("").rstrip("\n")], ids=["", "no newline at the end"])
+def test_an_entry_is_added_and_every_other_byte_stays(
+    before: str, name: str, study_with_two_trials: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_text(before)
     assert tune.main([*study_with_two_trials, "--output", str(file)]) == 0
-    assert file.read_text().startswith(OTHERS.format(""))
+    assert file.read_text().startswith(before)
     assert yaml.safe_load(file.read_text())["CartPole-v1"]["batch_size"] == best_params(study_with_two_trials)["batch_size"]
 
 
@@ -530,9 +676,12 @@ def test_a_file_that_cannot_take_the_entry_is_named(
     (tmp_path / "latin.yml").write_bytes(b"CartPole-v0: {policy: \xe9}\n")
     for output in (tmp_path, tmp_path / "latin.yml"):
         assert one_line_error(capsys, *study_with_two_trials, "--output", str(output))
-    assert "nowhere.yml" in one_line_error(
-        capsys, *study_with_two_trials, "--output", str(tmp_path / "mine.yml"), "--conf-file", "nowhere.yml"
-    )
+    (tmp_path / "list.yml").write_text("- CartPole-v0\n")
+    error = one_line_error(capsys, *study_with_two_trials, "--output", str(tmp_path / "list.yml"))
+    assert error.endswith("list.yml is not a hyperparameter file: its top level must be a mapping\n")
+    for mistake in (["--conf-file", "nowhere.yml"], ["--gym-packages", "no_such_package"]):
+        arguments = [*study_with_two_trials, "--output", str(tmp_path / "mine.yml"), *mistake]
+        assert mistake[1] in one_line_error(capsys, *arguments)
     assert not (tmp_path / "mine.yml").exists()
 
 
@@ -604,6 +753,13 @@ def test_an_entry_that_ends_in_a_block_of_text_is_replaced_alone(
     assert file.read_text().startswith(before[before.index("[8])\n") + 5 :])
 
 
+def test_an_entry_with_nothing_in_it_is_replaced_alone(study_with_two_trials: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_text("# of the pole\nCartPole-v1:\nAcrobot-v1: {batch_size: 7}\n")
+    assert tune.main([*study_with_two_trials, "--output", str(file), "--replace"]) == 0
+    assert file.read_text().startswith("# of the pole\nAcrobot-v1: {batch_size: 7}\n\n# Trial 1 ")
+
+
 def test_the_best_entry_is_written_into_what_the_zoo_reads_as_one(
     study_with_two_trials: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -620,9 +776,18 @@ def test_the_best_trial_is_not_put_into_an_entry_that_its_search_did_not_start_f
     settings = zoo.TrialSettings("CartPole-v1", conf_file=str(conf_file))
     study = optuna.load_study(study_name="best", storage=study_with_two_trials[2])
     note_entry(study, zoo.entry_in_words(zoo.make_manager(settings, str(tmp_path / "zoo"))))
+    note_entry(study, {"policy": "'OfALaterSearch'"})  # which counts no more
     message = one_line_error(capsys, *study_with_two_trials, "--output", str(output))
     assert "must hold the entry that study 'best' was searched from" in message
-    conf_file.write_text(conf_file.read_text().replace("batch_size: 7", "batch_size: 8"))  # which the trials draw
+    entry = conf_file.read_text()
+    for addition, difference in (
+        ("train_freq: 9, max_grad_norm: 3.0", "max_grad_norm was not given, got 3.0"),
+        ("policy_kwargs: {net_arch: [8]}", "policy_kwargs was not given, got {net_arch: [8]}"),
+    ):
+        conf_file.write_text(entry.replace("batch_size: 7", addition))
+        message = one_line_error(capsys, *study_with_two_trials, "-conf", str(conf_file), "--output", str(output))
+        assert message.endswith(f"was searched from: there {difference}\n")
+    conf_file.write_text(entry.replace("batch_size: 7", "batch_size: 8").replace("200", "300"))  # which the trials have
     assert tune.main([*study_with_two_trials, "-conf", str(conf_file), "--output", str(output)]) == 0
     assert yaml.safe_load(output.read_text())["CartPole-v1"]["normalize"] is True
 
@@ -684,7 +849,8 @@ def tune_inline(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("mine.yml", PLAIN), ("mine.py", f"import yaml\nhyperparams = yaml.safe_load({PLAIN!r})\n")]
+    ("name", "content"),
+    [("mine.yml", PLAIN), ("mine.yaml", PLAIN), ("mine.py", f"import yaml\nhyperparams = yaml.safe_load({PLAIN!r})\n")],
 )
 def test_a_hyperparameter_file_goes_with_the_trials_to_machines_that_do_not_have_it(
     name: str, content: str, tune_inline: Any, trained_models: list[LectureDQN], tmp_path: Path
@@ -693,6 +859,153 @@ def test_a_hyperparameter_file_goes_with_the_trials_to_machines_that_do_not_have
     assert tune_inline("--env", "CartPole-v1", "--trials", "1", "--conf-file", name) == 0
     assert len(trained_models) == 2
     assert all(map(is_plain, trained_models))
+
+
+class ScriptedEngine:
+    """
+    An engine on which every trial reports, the later the worse, and then is over.
+
+    :param outcome: What becomes of a trial that is not pruned, by its number
+    """
+
+    def __init__(self, outcome: Callable[[int], Outcome]) -> None:
+        self._outcome = outcome
+        self._events: list[Report | Outcome] = []
+
+    def capacity(self) -> int:
+        return 1
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        self._events.append(Report(1, number, attempt, -float(number), 1))
+
+    def wait(self, seconds: float) -> list[Report | Outcome]:
+        events, self._events = self._events, []
+        return events
+
+    def answer(self, report: Report, is_pruned: bool) -> None:
+        pruned = Outcome(report.number, TrialState.PRUNED)
+        self._events.append(pruned if is_pruned else self._outcome(report.number))
+
+
+def complete(number: int) -> Outcome:
+    return Outcome(number, TrialState.COMPLETE, -float(number))
+
+
+@pytest.fixture
+def tune_scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command with an engine that trains nothing; the results are its exit status and the study's trials."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(engine: Any, *arguments: str) -> tuple[int, list[optuna.trial.FrozenTrial]]:
+        monkeypatch.setattr(tune, "_enter_engine", lambda stack, arguments: engine)
+        status = tune.main(["--env", "CartPole-v1", "--study-name", "study", "--storage", "study.log", *arguments])
+        return status, optuna.load_study(study_name="study", storage=open_storage("study.log")).trials
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_pruned"),
+    [
+        (["--pruner", "median", "--n-startup-trials", "1"], 3),
+        (["--pruner", "median", "--n-startup-trials", "3"], 1),
+        (["--pruner", "none", "--n-startup-trials", "1"], 0),
+    ],
+)
+def test_trials_are_pruned_as_the_command_says(arguments: list[str], n_pruned: int, tune_scripted: Any) -> None:
+    status, trials = tune_scripted(ScriptedEngine(complete), "--trials", "4", "--n-evaluations", "1", *arguments)
+    assert status == 0
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * (4 - n_pruned) + ["PRUNED"] * n_pruned
+
+
+def test_a_study_of_which_every_trial_was_pruned_is_no_error(tune_scripted: Any) -> None:
+    status, trials = tune_scripted(ScriptedEngine(lambda number: Outcome(number, TrialState.PRUNED)), "--trials", "1")
+    assert (status, [trial.state for trial in trials]) == (0, [TrialState.PRUNED])
+
+
+def test_a_lost_trial_is_retried_as_often_as_the_command_says(tune_scripted: Any) -> None:
+    lossy = ScriptedEngine(lambda number: Outcome(number, TrialState.RUNNING, reason="its node died"))
+    status, (trial,) = tune_scripted(lossy, "--trials", "1", "--max-retries", "1")
+    assert status == 1
+    assert trial.user_attrs["failure"] == "lost 2 times, at last because its node died"
+
+
+def test_what_decides_a_score_is_what_the_command_says(tune_scripted: Any) -> None:
+    arguments = ["-n", "150", "--n-evaluations", "3", "--eval-episodes", "2", "--seeds", "4"]
+    assert tune_scripted(ScriptedEngine(complete), "--trials", "1", *arguments)[0] == 0
+    scoring = optuna.load_study(study_name="study", storage=open_storage("study.log")).user_attrs[SCORING]
+    assert scoring == {
+        "algorithm": "lecture_dqn",
+        "environment": "CartPole-v1",
+        "env_kwargs": {},
+        "eval_env_kwargs": {},
+        "n_timesteps": 150,
+        "n_evaluations": 3,
+        "eval_episodes": 2,
+        "seeds": [10_000, 10_001, 10_002, 10_003],
+    }
+
+
+def test_the_seed_of_the_command_decides_what_is_drawn(tune_scripted: Any, tmp_path: Path) -> None:
+    drawn = []
+    for seed in "112":
+        (tmp_path / "study.log").unlink(missing_ok=True)
+        _, (trial,) = tune_scripted(ScriptedEngine(complete), "--trials", "1", "--sampler", "random", "--seed", seed)
+        drawn.append(trial.params)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("is_impatient", [False, True])
+def test_a_signal_stops_a_study_with_its_report_and_a_second_one_at_once(
+    number: signal.Signals, is_impatient: bool, tune_scripted: Any, tmp_path: Path
+) -> None:
+    class SignalledEngine(ScriptedEngine):
+        def wait(self, seconds: float) -> list[Report | Outcome]:
+            signal.raise_signal(number)
+            if is_impatient:
+                signal.raise_signal(number)
+            return []
+
+    handlers = [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)]
+    status, (trial,) = tune_scripted(SignalledEngine(complete), "--trials", "1")
+    assert status == 130
+    assert trial.state == TrialState.WAITING
+    assert bool(list((tmp_path / "logs").rglob("report_*.csv"))) is not is_impatient
+    assert [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_database_that_does_not_come_back_is_named_and_its_trials_wait_for_the_next_start(
+    tune_scripted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class EngineWithoutADatabase(ScriptedEngine):
+        def wait(self, seconds: float) -> list[Report | Outcome]:
+            raise optuna.exceptions.StorageInternalError("An exception is raised") from ConnectionResetError("cut off")
+
+    status, (trial,) = tune_scripted(EngineWithoutADatabase(complete), "--trials", "1")
+    assert status == 1
+    assert capsys.readouterr().err == "error: the database did not come back, start again when it has: cut off\n"
+    study = optuna.load_study(study_name="study", storage=open_storage("study.log"))
+    assert trial.state == TrialState.RUNNING  # nothing more was asked of the database
+    assert "beats" in study.user_attrs[RUNNER + trial.user_attrs["runner"]]
+
+
+@pytest.mark.parametrize("by_the_zoo", [False, True])
+def test_the_best_trial_goes_into_the_entry_that_its_search_started_from_and_no_other(
+    by_the_zoo: bool, zoo_train: Any, tune_scripted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yml").write_text(PLAIN)
+    study_arguments = ["--storage", "study.log", "--study-name", "study"]
+    if by_the_zoo:
+        zoo_train(*SEARCH, *study_arguments, "-conf", "mine.yml", "--n-trials", "1", "-params", "trial_seeds:3")
+    else:
+        arguments = ["--trials", "1", "-n", "150", "--seeds", "3", "-conf", "mine.yml"]
+        assert tune_scripted(ScriptedEngine(complete), *arguments)[0] == 0
+    capsys.readouterr()
+    best = ["best", *study_arguments, "--env", "CartPole-v1", "--output", "best.yml"]
+    assert "must hold the entry that study 'study' was searched from" in one_line_error(capsys, *best)
+    assert tune.main([*best, "-conf", "mine.yml"]) == 0
+    assert "nn.ReLU" in yaml.safe_load((tmp_path / "best.yml").read_text())["CartPole-v1"]["policy_kwargs"]
 
 
 def test_a_study_whose_trials_have_all_failed_is_an_error(
@@ -708,8 +1021,10 @@ def test_a_study_whose_trials_have_all_failed_is_an_error(
 def test_the_report_of_an_environment_with_a_slash_in_its_name_is_named_as_the_zoo_names_it(
     tune_inline: Any, tmp_path: Path
 ) -> None:
-    assert tune_inline("--env", "MinAtar/Breakout-v1", "--trials", "1", "-n", "150", "--pruner", "none") == 0
-    reports = [path.name for path in (tmp_path / "logs" / "lecture_dqn").iterdir() if path.suffix != ".db"]
+    arguments = ["--env", "MinAtar/Breakout-v1", "--trials", "1", "-n", "150", "--pruner", "none", "-f", "results"]
+    assert tune_inline(*arguments) == 0
+    assert not (tmp_path / "logs").exists()
+    reports = [path.name for path in (tmp_path / "results" / "lecture_dqn").iterdir() if path.suffix != ".db"]
     assert len(reports) == 2
     assert all(name.startswith("report_MinAtar-Breakout-v1_1-trials-150-random-none_") for name in reports)
 
@@ -750,13 +1065,16 @@ def test_bad_input_gets_one_line_and_starts_nothing(
         assert "cannot be opened" in error
         assert "secret" not in error
         assert f"Ray cluster {free} cannot be reached" in one_line_error(capsys, *cartpole, "--ray-address", free)
-    assert "auto or HOST:PORT" in one_line_error(capsys, *cartpole, "--ray-address", "ray://there")
+    for address in ("ray://there", "ray://there:10001", "there"):
+        assert f"auto or HOST:PORT, got {address}" in one_line_error(capsys, *cartpole, "--ray-address", address)
     assert "--trials: must be at least 1, got 0" in one_line_error(capsys, "--env", "CartPole-v1", "--trials", "0")
     assert "--seeds: must be at least 2, got 1" in one_line_error(capsys, *cartpole, "--seeds", "1")
     assert "must have an action space Discrete(n)" in one_line_error(capsys, "--env", "Pendulum-v1", "--trials", "1")
+    assert "must have an observation space that is" in one_line_error(capsys, "--env", "Blackjack-v1", "--trials", "1")
     assert "CartPoel" in one_line_error(capsys, "--env", "CartPoel-v1", "--trials", "1")
     assert "no_such_package" in one_line_error(capsys, *cartpole, "--gym-packages", "no_such_package")
-    assert "nowhere.yml" in one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml")
+    no_file = "error: [Errno 2] No such file or directory: 'nowhere.yml'\n"
+    assert one_line_error(capsys, *cartpole, "--conf-file", "nowhere.yml") == no_file
     assert "cannot be opened" in one_line_error(capsys, *cartpole, "--storage", "no url")
     (tmp_path / "poem.log").write_text("no journal\n")
     assert "must be a journal file" in one_line_error(capsys, *cartpole, "--storage", "poem.log")
@@ -784,6 +1102,18 @@ def test_a_port_where_something_else_answers_is_no_cluster(
         thread.join()
     assert error == f"error: Ray cluster {address} cannot be reached: something else answers there\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_that_speaks_tls_is_not_greeted_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sb3_lecture_dqn.tuning import engine
+
+    monkeypatch.setattr(engine, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        engine.check_address(f"127.0.0.1:{server.getsockname()[1]}")
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(1024) == b""
 
 
 def test_a_port_that_says_nothing_is_no_cluster(
@@ -822,9 +1152,14 @@ def test_a_study_of_another_environment_or_algorithm_is_left_alone(
     open_study(open_storage(url), "ours", {"algorithm": "lecture_dqn", "environment": "Acrobot-v1"})
     foreign = optuna.create_study(storage=url, study_name="foreign")
     foreign.add_trial(optuna.create_trial(value=1.0))
-    arguments = ["--env", "CartPole-v1", "--trials", "1", "--storage", url, "--study-name"]
-    assert "made with environment 'Acrobot-v1', got 'CartPole-v1'" in one_line_error(capsys, *arguments, "ours")
-    assert "study 'foreign' exists and is not one of lecture_dqn" in one_line_error(capsys, *arguments, "foreign")
+    optuna.create_study(storage=url, study_name="costs", direction="minimize")
+    arguments = ["--env", "CartPole-v1", "--storage", url, "--study-name"]
+    for command in (["--trials", "1"], ["best", "--output", "mine.yml"]):
+        refusal = "made with environment 'Acrobot-v1', got 'CartPole-v1'"
+        assert refusal in one_line_error(capsys, *command, *arguments, "ours")
+        for name in ("foreign", "costs"):
+            refusal = f"study '{name}' exists and is not one of lecture_dqn"
+            assert refusal in one_line_error(capsys, *command, *arguments, name)
     assert [trial.value for trial in optuna.load_study(study_name="foreign", storage=url).trials] == [1.0]
 
 
@@ -840,3 +1175,67 @@ def test_a_storage_that_may_not_be_written_is_named(
     open_cartpole_study(f"sqlite:///{tmp_path}/study.db", "theirs")
     error = one_line_error(capsys, *arguments, f"sqlite:///file:{tmp_path}/study.db?mode=ro&uri=true")
     assert "readonly database" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
+
+
+def test_progress_names_the_best_trial_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trials_of(values: list[float], *others: TrialState) -> list[optuna.trial.FrozenTrial]:
+        study = optuna.create_study(direction="maximize")
+        study.add_trials([optuna.create_trial(value=value) for value in values])
+        study.add_trials([optuna.create_trial(state=state) for state in others])
+        return study.trials
+
+    pruned, failed = TrialState.PRUNED, TrialState.FAIL
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    show = Progress(10, stream)
+    for seconds, trials in (
+        (0.0, trials_of([], failed, TrialState.WAITING)),
+        (100.0, trials_of([-3.0, -1.5, -2.0], pruned, pruned, failed)),
+        (1.0, trials_of([-3.0, -1.5, -2.0], pruned, pruned, failed)),  # no news
+        (99.0, trials_of([-3.0, -1.5, -2.0], pruned, pruned, failed)),
+        (3_600.0, trials_of([-3.0] * 9, pruned, pruned, failed)),
+    ):
+        clock[0] += seconds
+        show(trials)
+    assert stream.getvalue().splitlines() == [
+        "1/10 done (0 pruned, 1 failed), 0 running, no score yet, time left unknown",
+        "6/10 done (2 pruned, 1 failed), 0 running, best -1.50 (trial 1), about 0:01:20 left",
+        "6/10 done (2 pruned, 1 failed), 0 running, best -1.50 (trial 1), about 0:02:40 left",
+        "12/10 done (2 pruned, 1 failed), 0 running, best -3.00 (trial 0), about 0:00:00 left",
+    ]
+
+
+def test_a_report_draws_what_the_study_is_enough_for_and_keeps_what_it_says_of_itself(tmp_path: Path) -> None:
+    study = open_cartpole_study(f"sqlite:///{tmp_path}/study.db")
+    expected = {".csv", ".pkl"}
+    for value, plot in ((1.0, None), (1.0, "_history.png"), (2.0, "_importances.png")):
+        trial = study.ask()
+        trial.suggest_float("gamma", 0.9, 1.0)
+        study.tell(trial, value)
+        expected |= {plot} if plot else set()
+        paths = write_report(study, tmp_path, "report")
+        assert {path.name.removeprefix("report") for path in paths} == expected
+        assert all(path.exists() for path in paths)
+    copied = pickle.loads((tmp_path / "report.pkl").read_bytes())
+    assert copied.user_attrs == study.user_attrs
+    assert [trial.value for trial in copied.trials] == [1.0, 1.0, 2.0]
+
+
+def test_every_report_reaches_the_driver_and_its_answer_who_waits_for_it() -> None:
+    from sb3_lecture_dqn.tuning.engine import Mailbox
+
+    async def exchange() -> list[Any]:
+        mailbox = Mailbox()
+        workers = [asyncio.create_task(mailbox.report(number, 1, float(number), 1)) for number in range(3)]
+        await asyncio.sleep(0)
+        reports = await mailbox.take()
+        for report in reversed(reports):
+            for is_pruned in (report.number == 1, True):  # the first answer counts
+                await mailbox.answer(report.ticket, is_pruned)
+        answers = await asyncio.gather(*workers)
+        await mailbox.answer(reports[0].ticket, True)  # who nobody waits for any more
+        return [[report.value for report in reports], answers]
+
+    assert asyncio.run(exchange()) == [[0.0, 1.0, 2.0], [False, True, False]]

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.driver import Driver, Outcome, Report
 from sb3_lecture_dqn.tuning.sampling import RepeatableSampler
-from sb3_lecture_dqn.tuning.storage import open_storage, put_back
+from sb3_lecture_dqn.tuning.storage import PatientStorage, open_storage, put_back
 from sb3_lecture_dqn.tuning.studies import Runner, open_study
 
 SETTINGS = zoo.TrialSettings("CartPole-v1", n_timesteps=250, eval_episodes=1)
@@ -127,6 +127,34 @@ class DyingSampler(RepeatableSampler):
         return super().sample_independent(*arguments)
 
 
+def test_each_value_of_each_trial_of_each_seed_is_drawn_by_itself() -> None:
+    values = []
+    for seed in range(2):
+        study = optuna.create_study(sampler=RepeatableSampler(lambda seed: optuna.samplers.RandomSampler(seed=seed), seed))
+        for _ in range(2):
+            trial = study.ask()
+            values += [trial.suggest_float(name, 0.0, 1.0) for name in ("gamma", "tau")]
+    assert len(set(values)) == 8
+
+
+def test_values_that_are_drawn_together_are_drawn_again_for_a_trial_that_is_retried(tmp_path: Path) -> None:
+    class Together(optuna.samplers.RandomSampler):
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return {"gamma": optuna.distributions.FloatDistribution(0.0, 1.0)}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            return {name: self.sample_independent(study, trial, name, what) for name, what in search_space.items()}
+
+    sampler = RepeatableSampler(lambda seed: Together(seed=seed), 5)
+    study = optuna.create_study(storage=driver_storage(tmp_path), sampler=sampler)
+    first = study.ask()
+    drawn = [first.relative_params, study.ask().relative_params]  # Optuna draws them now
+    put_back(study, first)
+    again = study.ask()
+    assert again.number == first.number
+    assert drawn[0] == again.relative_params != drawn[1]
+
+
 @pytest.mark.parametrize("n_drawn", [0, 1, 2, 7, 11])
 def test_a_trial_whose_driver_died_while_it_drew_gets_the_same_values_again(n_drawn: int, tmp_path: Path) -> None:
     engine = LosingEngine(is_lossy=False)
@@ -179,6 +207,51 @@ def complete(number: int, attempt: int) -> Outcome:
 
 def reported(number: int, attempt: int) -> Report:
     return Report(1, number, attempt, 1.0, 1)
+
+
+class ZombieEngine(HeldBackEngine):
+    """An engine on which the first attempt is thought to be lost, and reports once more while the second one runs."""
+
+    def __init__(self) -> None:
+        super().__init__(complete)
+        self.release()
+
+    def submit(self, settings: zoo.TrialSettings, params: dict[str, Any], number: int, attempt: int) -> None:
+        if not self.attempts:
+            self._events += [Report(1, number, attempt, 1.0, 1), lost(number, attempt)]
+            LosingEngine.submit(self, settings, params, number, attempt)
+            return
+        self._events += [Report(2, number, attempt - 1, 9.0, 2), Report(3, number, attempt, 1.0, 1)]
+        super().submit(settings, params, number, attempt)
+
+
+@pytest.mark.filterwarnings("error:.*already reported")
+def test_an_attempt_that_lives_though_its_trial_is_retried_is_stopped_and_not_listened_to(tmp_path: Path) -> None:
+    engine = ZombieEngine()
+    driver = driver_on(engine, tmp_path, max_retries=1)
+    driver.run(1, lambda trials: None)
+    assert engine.answers == [False, True, False]
+    assert driver.study.trials[0].intermediate_values == {1: 1.0}
+    assert driver.study.trials[0].value == 1.0
+
+
+def test_a_result_that_the_database_took_before_it_broke_off_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_state = PatientStorage.set_trial_state_values
+
+    def set_state_twice(storage: PatientStorage, trial_id: int, state: TrialState, values: Any = None) -> Any:
+        if state == TrialState.COMPLETE:
+            set_state(storage, trial_id, state, values)
+        return set_state(storage, trial_id, state, values)
+
+    engine = HeldBackEngine(complete)
+    engine.release()
+    driver = driver_on(engine, tmp_path, max_retries=0)
+    monkeypatch.setattr(PatientStorage, "set_trial_state_values", set_state_twice)
+    driver.run(1, lambda trials: None)
+    (trial,) = driver.study.trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 1.0)
 
 
 def nothing() -> None: ...

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,8 +79,12 @@ def test_the_newest_training_is_the_newest_with_a_model(folder: str, tmp_path: P
     runs = tmp_path / "logs" / "lecture_dqn"
     for name in ("CartPole-v1_9", "CartPole-v1_10", "CartPole-v1_11", "CartPole-v10_12", "Acrobot-v1_13"):
         (runs / name).mkdir(parents=True)
+    for name in ("CartPole-v1_14_copy", "Own.v1_1", "Own-v1_2"):
+        (runs / name).mkdir()
+        (runs / name / f"{name.partition('_')[0]}.zip").touch()
     for name in ("CartPole-v1_9/CartPole-v1.zip", "CartPole-v1_10/CartPole-v1.zip", "CartPole-v10_12/CartPole-v10.zip"):
         (runs / name).touch()
+    assert get_model_path(0, folder, "lecture_dqn", EnvironmentName("Own.v1"))[2] == "logs/lecture_dqn/Own.v1_1"
     assert get_model_path(0, folder, "lecture_dqn", EnvironmentName("CartPole-v1"))[2] == "logs/lecture_dqn/CartPole-v1_10"
     with pytest.raises(ValueError, match=r"No model found for lecture_dqn on CartPole-v1, path: logs/.*CartPole-v1_11"):
         get_model_path(11, "logs", "lecture_dqn", EnvironmentName("CartPole-v1"))
@@ -96,6 +101,30 @@ def test_an_agent_that_is_nowhere_is_looked_for_as_the_zoo_does(tmp_path: Path, 
     for folder in ("rl-trained-agents", "elsewhere"):
         with pytest.raises(AssertionError, match=f"The {folder}/lecture_dqn folder was not found"):
             get_model_path(0, folder, "lecture_dqn", EnvironmentName("CartPole-v1"))
+
+
+def test_only_this_algorithm_is_looked_for_in_the_logs_and_only_where_no_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.register()
+    from rl_zoo3.utils import EnvironmentName, get_model_path
+
+    monkeypatch.chdir(tmp_path)
+    for algorithm in ("lecture_dqn", "dqn"):
+        (tmp_path / "logs" / algorithm / "CartPole-v1_1").mkdir(parents=True)
+        (tmp_path / "logs" / algorithm / "CartPole-v1_1" / "CartPole-v1.zip").touch()
+    for folder, algorithm in (("elsewhere", "lecture_dqn"), ("rl-trained-agents", "dqn")):
+        with pytest.raises(AssertionError, match=f"The {folder}/{algorithm} folder was not found"):
+            get_model_path(0, folder, algorithm, EnvironmentName("CartPole-v1"))
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from rl_zoo3 import exp_manager, utils
+
+    zoo.register()
+    once = {"get_model_path": utils.get_model_path, **vars(exp_manager.ExperimentManager)}
+    zoo.register()
+    assert {"get_model_path": utils.get_model_path, **vars(exp_manager.ExperimentManager)} == once
 
 
 def test_record_video_writes_a_video(trained_folder: Path) -> None:
@@ -135,9 +164,11 @@ for name in {modules!r}:
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         runpy.run_module("rl_zoo3." + name, run_name="__main__")
     print(name, "lecture_dqn" in output.getvalue())
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+print("search", "lecture_dqn" in HYPERPARAMS_CONVERTER and "lecture_dqn" in HYPERPARAMS_SAMPLER)
 """
     result = run("-c", script, folder=tmp_path)
-    assert result.stdout.split("\n")[:-1] == [f"{name} True" for name in modules], result.stderr
+    assert result.stdout.split("\n")[:-1] == [f"{name} True" for name in [*modules, "search"]], result.stderr
 
 
 def test_the_explicit_path_works_with_the_start_up_hook_switched_off(tmp_path: Path) -> None:
@@ -153,10 +184,25 @@ def test_the_switch_hides_the_algorithm_from_the_zoo(tmp_path: Path) -> None:
     assert "invalid choice: 'lecture_dqn'" in result.stderr
 
 
-def test_an_unknown_command_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    result = run("-m", "sb3_lecture_dqn.zoo", "fly", folder=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr == f"command must be one of {', '.join(zoo.COMMANDS)}, got 'fly'\n"
+@pytest.mark.parametrize(("command", "got"), [([], ""), (["fly"], ", got 'fly'")])
+def test_an_unknown_command_is_answered_with_the_known_ones(
+    command: list[str], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["zoo.py", *command])
+    with pytest.raises(SystemExit) as error:
+        zoo.main()
+    assert error.value.code == f"command must be one of {', '.join(zoo.COMMANDS)}{got}"
+
+
+def test_a_python_that_a_command_starts_knows_the_algorithm_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(zoo.SWITCH, "0")
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "record_training", "--help"])  # which starts rl_zoo3.record_video
+    with pytest.raises(SystemExit):
+        zoo.main()
+    assert "lecture_dqn" in capsys.readouterr().out
+    assert zoo.SWITCH not in os.environ
 
 
 @pytest.fixture
@@ -185,14 +231,21 @@ def test_what_the_zoo_gives_by_itself_is_no_hyperparameter(train_in_process: Any
     assert not any(name in str(error.value) for name in ("device", "verbose", "tensorboard_log"))
 
 
-def test_an_evaluation_has_the_arguments_that_an_entry_gives_its_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_evaluation", "reward"), [(None, 0.0), ({"sutton_barto_reward": False}, 1.0)], ids=["the entry's", "its own"]
+)
+def test_an_evaluation_has_the_arguments_that_an_entry_gives_its_environment_unless_it_is_given_its_own(
+    of_evaluation: dict[str, Any] | None, reward: float, tmp_path: Path
+) -> None:
     file = tmp_path / "mine.yml"
     file.write_text("CartPole-v1: {n_timesteps: 9, policy: MlpPolicy, env_kwargs: {sutton_barto_reward: true}}")
-    manager = zoo.make_manager(zoo.TrialSettings("CartPole-v1", conf_file=str(file)), str(tmp_path))
+    settings = zoo.TrialSettings("CartPole-v1", conf_file=str(file))
+    manager = zoo.make_manager(settings, str(tmp_path), eval_env_kwargs=of_evaluation)
     for is_evaluation in (False, True):
         env = manager.create_envs(1, eval_env=is_evaluation, no_log=True)
         env.reset()
-        assert env.step(np.zeros(1, int))[1] == 0  # Sutton and Barto's reward is 0 until the pole falls
+        # Sutton and Barto's reward is 0 until the pole falls
+        assert env.step(np.zeros(1, int))[1] == (reward if is_evaluation else 0.0)
 
 
 @pytest.mark.parametrize("mistake", ["gamma:1.5", "batch_size:0", "policy_kwargs:dict(net_arch=[0])"])
@@ -204,6 +257,68 @@ def test_a_training_that_cannot_begin_leaves_the_runs_that_are_there(
     with pytest.raises(ValueError, match=mistake.partition(":")[0].replace("policy_kwargs", "net_arch")):
         train_in_process("--env", "CartPole-v1", "--verbose", "0", "-params", mistake)
     assert list(run_folder.parent.iterdir()) == [run_folder]
+
+
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+def test_a_training_that_cannot_begin_leaves_a_run_that_another_process_begins_in_the_same_folder(
+    begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.register()
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    manager = ExperimentManager(_arguments(), "lecture_dqn", "CartPole-v1", str(tmp_path), eval_freq=-1, verbose=0)
+    others_run = Path(manager.save_path)
+    if begins == "before":
+        others_run.mkdir(parents=True)
+
+    def fail_while_another_begins(model: LectureDQN) -> None:
+        if begins == "meanwhile":
+            (Path(manager.params_path) / "config.yml").touch()
+        raise ValueError("gamma must be")
+
+    monkeypatch.setattr(LectureDQN, "_setup_model", fail_while_another_begins)
+    with pytest.raises(ValueError, match="gamma must be"):
+        manager.setup_experiment()
+    assert others_run.exists()
+
+
+def test_other_algorithms_are_the_zoos_own(train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    dqn = ["--algo", "dqn", "--env", "CartPole-v1", "--eval-freq", "-1", "--verbose", "0", "-n", "60"]
+    train_in_process(*dqn)
+    train_in_process(*dqn, "-optimize", "--n-trials", "2", "--n-jobs", "2", "--no-optim-plots", "--eval-episodes", "1")
+    (report,) = (tmp_path / "logs" / "dqn").glob("report_*.csv")
+    assert "scores" not in report.read_text()
+    (tmp_path / "mine.yml").write_text("CartPole-v1: {n_timesteps: 60, policy: MlpPolicy, batch_sizes: 7}\n")
+    with pytest.raises(TypeError, match="batch_sizes"):
+        train_in_process(*dqn, "-conf", "mine.yml")
+    runs = {path.name for path in (tmp_path / "logs" / "dqn").iterdir() if path.is_dir()}
+    assert runs == {"CartPole-v1_1", "CartPole-v1_2", "CartPole-v1_3"}
+    config = (tmp_path / "logs" / "dqn" / "CartPole-v1_1" / "CartPole-v1" / "config.yml").read_text()
+    assert yaml.unsafe_load(config)["target_update_interval"] == 10  # of the zoo's entry
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_search_makes_no_checkpoints_and_heeds_none(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process("--env", "Acrobot-v1", "-n", "60", "--eval-freq", "-1", "--verbose", "0")
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    search = ["-optimize", "--n-trials", "1", "-n", "60", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    train_in_process("--env", "CartPole-v1", *search)
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+
+
+def test_every_key_that_the_zoo_takes_out_of_an_entry_is_known() -> None:
+    import inspect
+
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    source = inspect.getsource(ExperimentManager._preprocess_hyperparams)
+    taken_out = set(re.findall(r'del hyperparams\["(\w+)"\]', source))
+    assert {"frame_stack", "n_envs"} <= taken_out
+    zoo.check_hyperparameter_keys(dict.fromkeys({*taken_out, "policy"}))
 
 
 def test_an_unknown_environment_is_named_and_nothing_is_written(train_in_process: Any, tmp_path: Path) -> None:
@@ -256,6 +371,9 @@ def test_three_optuna_trials_and_a_run_of_one_of_them(train_in_process: Any, tmp
     assert model.batch_size == trials[2].params["batch_size"]
     assert model.gamma == pytest.approx(1 - trials[2].params["one_minus_gamma"])
     assert model.q_net.net_arch == [trials[2].params["width"]] * 2
+    train_in_process(*study, "--trial-id", "2", "-n", "60", "--eval-freq", "-1", "-params", "batch_size:7")
+    model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_3" / "CartPole-v1.zip")
+    assert (model.batch_size, model.q_net.net_arch) == (7, [trials[2].params["width"]] * 2)
 
 
 def test_the_same_command_started_again_continues(
@@ -303,6 +421,40 @@ def test_a_folder_of_checkpoints_belongs_to_one_environment(
 
 
 SHORT = ("--env", "CartPole-v1", "--eval-freq", "-1", "--verbose", "0")
+
+
+def test_checkpoints_of_which_nobody_knows_the_runs_folder_are_continued_in_a_new_one(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    for _ in range(2):
+        train_in_process(*SHORT, "-n", "60", "--seed", "0")
+        run = json.loads((tmp_path / "checkpoints" / zoo.RUN_FILE).read_text())
+        (tmp_path / "checkpoints" / zoo.RUN_FILE).unlink()
+    assert Path(run["save_path"]).name == "CartPole-v1_2"
+
+
+def test_a_run_is_continued_from_another_working_folder(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LectureDQN("MlpPolicy", "CartPole-v1").save("agent")
+    monkeypatch.setenv(zoo.CHECKPOINTS, str(tmp_path / "checkpoints"))
+    train_in_process(*SHORT, "-n", "60", "-i", "agent.zip")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    train_in_process(*SHORT, "-n", "60", "-i", "../agent.zip")
+    assert not list(elsewhere.rglob("*.zip"))
+    assert [path.name for path in (tmp_path / "logs" / "lecture_dqn").iterdir()] == ["CartPole-v1_1"]
+
+
+def test_a_save_frequency_counts_the_steps_of_all_environments_together(
+    train_in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "124", "--save-freq", "60", "-params", "n_envs:4", "train_freq:1")
+    checkpoints = {path.name.split("_")[-1] for path in (tmp_path / "checkpoints").glob("checkpoint_*")}
+    assert checkpoints == {"0", "60", "120"}
 
 
 def test_a_run_that_an_older_version_began_is_continued(
@@ -360,11 +512,22 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named(
 
 def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
-    train_in_process(*SHORT, "-n", "60", "--seed", "0")
-    with pytest.raises(ValueError, match="seed must be 0, with which the run in checkpoints was started, got 1;"):
-        train_in_process(*SHORT, "-n", "60", "--seed=1")
-    train_in_process(*SHORT, "-n", "60", "--seed", "0")
+    train_in_process(*SHORT, "-n", "60", "--seed", "1")
+    with pytest.raises(ValueError, match="seed must be 1, with which the run in checkpoints was started, got 0;"):
+        train_in_process(*SHORT, "-n", "60", "--seed=0")
+    train_in_process(*SHORT, "-n", "60", "--seed", "1")
     train_in_process(*SHORT, "-n", "60")
+    arguments = yaml.unsafe_load(Path("logs/lecture_dqn/CartPole-v1_1/CartPole-v1/args.yml").read_text())
+    assert arguments["seed"] == 1
+
+
+def test_a_restart_without_a_hyperparameter_of_the_run_is_refused(
+    train_in_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(zoo.CHECKPOINTS, "checkpoints")
+    train_in_process(*SHORT, "-n", "60", "-params", "tau:1.0")
+    with pytest.raises(ValueError, match=r"tau must be 1\.0, with which the run in checkpoints was started, got not given;"):
+        train_in_process(*SHORT, "-n", "60")
 
 
 @pytest.mark.parametrize(
@@ -376,6 +539,10 @@ def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monk
         (
             ("-n", "60", "--env-kwargs", "sutton_barto_reward:True"),
             "env_kwargs must be {}, .*, got {sutton_barto_reward: True};",
+        ),
+        (
+            ("-n", "60", "--eval-env-kwargs", "sutton_barto_reward:True"),
+            "eval_env_kwargs must be {}, .*, got {sutton_barto_reward: True};",
         ),
         (("-n", "60", "--eval-freq", "20"), "eval_freq must be -1, .*, got 20;"),
         (("-n", "60", "--eval-episodes", "9"), "eval_episodes must be 5, .*, got 9;"),
@@ -389,6 +556,7 @@ def test_a_folder_of_checkpoints_belongs_to_one_seed(train_in_process: Any, monk
         "new hyperparameter",
         "steps",
         "environment",
+        "environment of evaluations",
         "evaluations",
         "their episodes",
         "their environments",
@@ -513,12 +681,18 @@ def test_the_sampler_gives_arguments_that_the_constructor_takes() -> None:
     assert model.q_net.net_arch == [128, 128]
 
 
+def test_a_trial_takes_a_gradient_step_whenever_it_trains() -> None:
+    trial = fixed_trial(train_freq=1, update_ratio=0.25)
+    assert sample_lecture_dqn_params(trial, 0, 1, {})["gradient_steps"] == 1
+
+
 def test_a_linear_schedule_falls_to_zero_in_a_trial_and_is_written_in_the_zoos_notation() -> None:
     trial = fixed_trial(learning_rate_schedule="linear")
     hyperparams = sample_lecture_dqn_params(trial, 0, 1, {})
     schedule = hyperparams["learning_rate"]
     assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([1e-3, 5e-4, 0.0])
     assert convert_lecture_dqn_params(trial.params)["learning_rate"] == "lin_0.001"
+    assert trial.user_attrs == {"gamma": 0.98, "gradient_steps": 2, "learning_rate": "lin_0.001"}
 
 
 def test_the_zoo_has_the_shape_that_the_extensions_rely_on() -> None:

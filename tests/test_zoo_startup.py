@@ -50,6 +50,7 @@ def finders(folder: Path, **environment: str) -> str:
 def test_the_switch_keeps_the_finder_out(tmp_path: Path) -> None:
     assert "ZooFinder" in finders(tmp_path)
     assert "ZooFinder" not in finders(tmp_path, **{SWITCH: "0"})
+    assert "ZooFinder" in finders(tmp_path, **{SWITCH: "1"})
 
 
 # whole: the project's name alone may stand in the path of any traceback
@@ -60,16 +61,53 @@ def write_package(folder: Path, utils: str) -> None:
     (folder / "rl_zoo3").mkdir()
     (folder / "rl_zoo3" / "__init__.py").touch()
     (folder / "rl_zoo3" / "utils.py").write_text(utils)
-    (folder / "rl_zoo3" / "exp_manager.py").touch()
 
 
-@pytest.mark.parametrize("modules", ["rl_zoo3.utils", "rl_zoo3.utils, rl_zoo3.exp_manager"])
-def test_a_zoo_of_another_shape_is_a_warning_of_one_line(modules: str, tmp_path: Path) -> None:
-    write_package(tmp_path, "ALGORITHMS = {}\n")
-    result = run(sys.executable, "-c", f"import {modules}; print('still here')", folder=tmp_path)
-    assert (result.returncode, result.stdout) == (0, "still here\n")
+TALKATIVE = """
+class Algorithms:
+    def __contains__(self, name):
+        raise RuntimeError("first line\\nsecond line")
+
+ALGOS = Algorithms()
+"""
+#: Imports the zoo's module with a loader whose methods cannot be replaced.
+IMPORT_WITH_A_FROZEN_LOADER = """
+from importlib.machinery import ModuleSpec, PathFinder
+
+class Loader:
+    __slots__ = ()
+    create_module = exec_module = lambda self, module: None
+
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: ModuleSpec(name, Loader()) if "utils" in name else find_spec(name, *args)
+import rl_zoo3.utils
+"""
+
+
+@pytest.mark.parametrize(
+    ("utils", "script", "reason"),
+    [
+        ("ALGORITHMS = {}\n", "import rl_zoo3.utils", "AttributeError: "),
+        ("ALGORITHMS = {}\n", "import rl_zoo3.utils, rl_zoo3.exp_manager", "AttributeError: "),
+        (TALKATIVE, "import rl_zoo3.utils", "RuntimeError: first line)"),
+        ("", IMPORT_WITH_A_FROZEN_LOADER, "AttributeError: "),
+    ],
+    ids=["another table", "two modules", "two lines", "another loader"],
+)
+def test_a_zoo_of_another_shape_is_a_warning_of_one_line(utils: str, script: str, reason: str, tmp_path: Path) -> None:
+    write_package(tmp_path, utils)
+    (tmp_path / "rl_zoo3" / "exp_manager.py").touch()
+    result = run(sys.executable, "-c", f"{script}\nprint('still here')", folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "still here\n"), result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"{WARNING} (AttributeError: ")
+    assert line.startswith(f"{WARNING} ({reason}")
+
+
+def test_a_zoo_without_one_of_its_modules_says_so_itself(tmp_path: Path) -> None:
+    write_package(tmp_path, "")
+    result = run(sys.executable, "-c", "import rl_zoo3.exp_manager", folder=tmp_path)
+    assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'rl_zoo3.exp_manager'"
+    assert WARNING not in result.stderr
 
 
 def test_an_error_of_the_zoos_own_stays_as_it_is(tmp_path: Path) -> None:
