@@ -148,7 +148,6 @@ def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> 
     [
         {},
         {"n_steps": 3},
-        {"optimize_memory_usage": True},
         {"train_freq": (1, "episode"), "gradient_steps": -1},
         {"replay_buffer_kwargs": {"handle_timeout_termination": True}},
         {"policy_kwargs": {"net_arch": [16], "activation_fn": nn.Tanh}},
@@ -506,7 +505,6 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         {"policy_kwargs": {"net_arch": [9]}},
         {"replay_buffer_class": OwnReplayBuffer},
         {"replay_buffer_kwargs": {"handle_timeout_termination": True}},
-        {"optimize_memory_usage": True},
     ):
         (name, *_) = changed
         with pytest.raises(ValueError, match=f"^{name} must be .*, with which the run in"):

@@ -360,6 +360,9 @@ def test_a_process_that_may_not_be_asked_is_alive(error: type[OSError], lives: b
 
     monkeypatch.setattr(os, "kill", refuse)
     assert is_alive(1) is lives
+    with monkeypatch.context() as patch:
+        patch.setattr("sb3_lecture_dqn.processes.os", SimpleNamespace(name="nt"))  # where asking would interrupt it
+        assert is_alive(1)
 
 
 def test_containers_of_the_same_host_name_are_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -919,8 +922,11 @@ def test_trials_are_pruned_as_the_command_says(arguments: list[str], n_pruned: i
 
 
 def test_a_study_of_which_every_trial_was_pruned_is_no_error(tune_scripted: Any) -> None:
-    status, trials = tune_scripted(ScriptedEngine(lambda number: Outcome(number, TrialState.PRUNED)), "--trials", "1")
-    assert (status, [trial.state for trial in trials]) == (0, [TrialState.PRUNED])
+    scores = {"scores": [1.0, 2.0]}
+    pruning = ScriptedEngine(lambda number: Outcome(number, TrialState.PRUNED, attributes=scores))
+    status, (trial,) = tune_scripted(pruning, "--trials", "1")
+    assert (status, trial.state) == (0, TrialState.PRUNED)
+    assert trial.user_attrs["scores"] == scores["scores"]
 
 
 def test_a_lost_trial_is_retried_as_often_as_the_command_says(tune_scripted: Any) -> None:
@@ -1221,6 +1227,18 @@ def test_a_report_draws_what_the_study_is_enough_for_and_keeps_what_it_says_of_i
     copied = pickle.loads((tmp_path / "report.pkl").read_bytes())
     assert copied.user_attrs == study.user_attrs
     assert [trial.value for trial in copied.trials] == [1.0, 1.0, 2.0]
+
+
+def test_a_worker_keeps_the_scores_of_the_seeds_before_a_trial_was_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sb3_lecture_dqn.tuning import engine
+
+    answers = iter([False, True])  # to the first seed's evaluation, and to the mean over two seeds
+    mailbox = SimpleNamespace(report=SimpleNamespace(remote=lambda *report: next(answers)))
+    monkeypatch.setattr(engine.ray, "get", lambda answer: answer)
+    settings = zoo.TrialSettings("CartPole-v1", n_timesteps=160, n_evaluations=1, eval_episodes=1, seeds=3)
+    outcome = engine._run_trial(settings, PARAMS, 0, 1, mailbox)
+    assert outcome.state == TrialState.PRUNED
+    assert len(outcome.attributes["scores"]) == 2
 
 
 def test_every_report_reaches_the_driver_and_its_answer_who_waits_for_it() -> None:
