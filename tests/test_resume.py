@@ -148,6 +148,7 @@ def test_killed_processes_go_on_as_if_nobody_had_killed_them(tmp_path: Path) -> 
     [
         {},
         {"n_steps": 3},
+        {"optimize_memory_usage": True},
         {"train_freq": (1, "episode"), "gradient_steps": -1},
         {"replay_buffer_kwargs": {"handle_timeout_termination": True}},
         {"policy_kwargs": {"net_arch": [16], "activation_fn": nn.Tanh}},
