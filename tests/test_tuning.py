@@ -756,11 +756,15 @@ def test_an_entry_that_ends_in_a_block_of_text_is_replaced_alone(
     assert file.read_text().startswith(before[before.index("[8])\n") + 5 :])
 
 
-def test_an_entry_with_nothing_in_it_is_replaced_alone(study_with_two_trials: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["", " *base"], ids=["nothing", "another's"])
+def test_an_entry_with_nothing_of_its_own_is_replaced_alone(
+    value: str, study_with_two_trials: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.yml"
-    file.write_text("# of the pole\nCartPole-v1:\nAcrobot-v1: {batch_size: 7}\n")
+    others = "Acrobot-v1: &base\n  batch_size: 7\n"
+    file.write_text(f"{others}CartPole-v1:{value}\n# of the pole\n")
     assert tune.main([*study_with_two_trials, "--output", str(file), "--replace"]) == 0
-    assert file.read_text().startswith("# of the pole\nAcrobot-v1: {batch_size: 7}\n\n# Trial 1 ")
+    assert file.read_text().startswith(f"{others}# of the pole\n\n# Trial 1 ")
 
 
 def test_the_best_entry_is_written_into_what_the_zoo_reads_as_one(
