@@ -31,8 +31,8 @@ from sb3_lecture_dqn import zoo
 from sb3_lecture_dqn.tuning.driver import Driver, Engine
 from sb3_lecture_dqn.tuning.report import Progress, best_entry, write_entry, write_report
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS
-from sb3_lecture_dqn.tuning.storage import TuningError, find_storage_file, first_line, open_storage
-from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, check_study, note_entry, open_study
+from sb3_lecture_dqn.tuning.storage import TuningError, first_line, open_storage
+from sb3_lecture_dqn.tuning.studies import MAX_RETRIES, SCORING, Runner, find_study, note_entry, open_study
 
 
 class _Parser(argparse.ArgumentParser):
@@ -211,16 +211,8 @@ def write_best(arguments: argparse.Namespace) -> None:
     """
     if arguments.output.suffix not in (".yml", ".yaml"):  # the zoo would run it as Python
         raise TuningError(f"--output must end in .yml or .yaml, got {arguments.output}")
-    no_study = f"there is no study {_study_name(arguments)!r} in the storage"
-    file = find_storage_file(_storage_url(arguments))
-    if file is not None and not file.exists():
-        raise TuningError(f"{no_study}: there is no file {file}")
-    storage = open_storage(_storage_url(arguments))
-    try:
-        study = optuna.load_study(storage=storage, study_name=_study_name(arguments))
-    except KeyError as error:
-        raise TuningError(no_study) from error
-    check_study(study, {"algorithm": zoo.ALGORITHM, "environment": arguments.env})
+    expected = {"algorithm": zoo.ALGORITHM, "environment": arguments.env}
+    study = find_study(_storage_url(arguments), _study_name(arguments), expected)
     scoring = study.user_attrs.get(SCORING, {})
     settings = zoo.TrialSettings(
         arguments.env,

@@ -37,7 +37,7 @@ from sb3_lecture_dqn.resume.run_settings import NOT_GIVEN, check_same_run, in_fe
 from sb3_lecture_dqn.search_space import convert_lecture_dqn_params, merge_policy_kwargs, sample_lecture_dqn_params
 from sb3_lecture_dqn.tuning.scoring import DEFAULT_SEEDS, FIRST_SEED, score_on_seeds
 from sb3_lecture_dqn.tuning.storage import PatientStorage, TuningError, is_held, open_storage
-from sb3_lecture_dqn.tuning.studies import Runner, note_entry, open_study
+from sb3_lecture_dqn.tuning.studies import Runner, find_study, note_entry, open_study
 from sb3_lecture_dqn.validation import check_action_space, check_observation_space
 
 ALGORITHM = "lecture_dqn"
@@ -360,8 +360,21 @@ def _load_trial(manager: Any, read_hyperparameters: Callable[[Any], Any]) -> Non
     trial_id, manager.trial_id = manager.trial_id, None
     with contextlib.redirect_stdout(io.StringIO()):
         entry = read_hyperparameters(manager)[1]
-    drawn = manager.load_trial(manager.storage, manager.study_name, trial_id)
+    drawn = convert_lecture_dqn_params(_drawn_by(manager, trial_id))
     manager.custom_hyperparams = {**keep_policy_kwargs(entry, drawn), **(manager.custom_hyperparams or {})}
+
+
+def _drawn_by(manager: Any, trial_id: int) -> dict[str, Any]:
+    try:
+        expected = {"algorithm": ALGORITHM, "environment": manager.env_name.gym_id}
+        study = find_study(manager.storage, manager.study_name, expected)
+    except TuningError as error:
+        raise SystemExit(f"error: {error}") from error
+    params = {trial.number: trial.params for trial in study.get_trials(deepcopy=False) if trial.params}
+    if trial_id not in params:
+        trials = f"{min(params)}..{max(params)}" if params else "none"
+        raise SystemExit(f"error: --trial-id must be a trial of study {manager.study_name!r} ({trials}), got {trial_id}")
+    return params[trial_id]
 
 
 def keep_policy_kwargs(entry: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:

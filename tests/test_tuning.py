@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -235,6 +236,34 @@ def test_the_zoo_searches_in_every_storage_and_trains_with_trial_0(zoo_train: An
     zoo_train(*study_arguments, "--trial-id", "0", "-n", "60", "--eval-freq", "-1")
     model = LectureDQN.load(tmp_path / "logs" / "lecture_dqn" / "CartPole-v1_2" / "CartPole-v1.zip")
     assert (model.batch_size, model.gamma) == (study.trials[0].params["batch_size"], study.trials[0].user_attrs["gamma"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("cartpole --trial-id 0 --env Acrobot-v1", "study 'cartpole' was made with environment 'CartPole-v1', got"),
+        ("ppo --trial-id 0", "study 'ppo' exists and is not one of lecture_dqn: choose"),
+        ("none --trial-id 0", "there is no study 'none' in the storage"),
+        ("none --trial-id 0 --storage sqlite:///no.db", "there is no study 'none' in the storage: there is no file no.db"),
+        ("cartpole --trial-id -1", "--trial-id must be a trial of study 'cartpole' (0..1), got -1"),
+        ("cartpole --trial-id 2", "--trial-id must be a trial of study 'cartpole' (0..1), got 2"),
+        ("empty --trial-id 0", "--trial-id must be a trial of study 'empty' (none), got 0"),
+    ],
+)
+def test_a_trial_that_there_is_not_is_refused_before_anything_is_trained(
+    arguments: str, error: str, zoo_train: Any, tmp_path: Path
+) -> None:
+    storage = open_storage("study.log")
+    study = open_study(storage, "cartpole", {"algorithm": "lecture_dqn", "environment": "CartPole-v1"})
+    for _ in range(2):
+        study.tell(study.ask({"batch_size": optuna.distributions.IntDistribution(1, 9)}), 1.0)
+    study.ask()  # it has drawn nothing
+    open_study(storage, "empty", {"algorithm": "lecture_dqn", "environment": "CartPole-v1"})
+    ppo = optuna.create_study(study_name="ppo", storage=storage)
+    ppo.tell(ppo.ask({"learning_rate": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
+    with pytest.raises(SystemExit, match=rf"^error: {re.escape(error)}[^\n]*$"):
+        zoo_train("--storage", "study.log", "--study-name", *arguments.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["study.log"]
 
 
 def test_the_zoo_does_not_mix_a_study_with_anothers(zoo_train: Any, tmp_path: Path) -> None:

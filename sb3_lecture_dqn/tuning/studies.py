@@ -17,8 +17,10 @@ from sb3_lecture_dqn.processes import here, is_alive
 from sb3_lecture_dqn.resume.run_settings import NOT_GIVEN
 from sb3_lecture_dqn.tuning.storage import (
     TuningError,
+    find_storage_file,
     first_line,
     is_held,
+    open_storage,
     put_back,
     set_trial_attribute,
     wait_for_outages,
@@ -58,6 +60,28 @@ def open_study(storage: BaseStorage, name: str, scoring: Mapping[str, Any]) -> o
     except json.JSONDecodeError as error:
         raise TuningError(f"storage of study {name!r} must be a journal file, got something else: {error}") from error
     wait_for_outages(storage)
+    return study
+
+
+def find_study(storage_url: str, name: str, scoring: Mapping[str, Any]) -> optuna.Study:
+    """
+    Open a study that is there already, to read it.
+
+    :param storage_url: Its storage, as :func:`~sb3_lecture_dqn.tuning.storage.open_storage` takes it
+    :param name: Its name
+    :param scoring: What it must score, see :func:`check_study`
+    :return: The study
+    :raises TuningError: if there is none, or it scores something else; nothing is made or changed then
+    """
+    no_study = f"there is no study {name!r} in the storage"
+    file = find_storage_file(storage_url)
+    if file is not None and not file.exists():
+        raise TuningError(f"{no_study}: there is no file {file}")
+    try:
+        study = optuna.load_study(storage=open_storage(storage_url), study_name=name)
+    except KeyError as error:
+        raise TuningError(no_study) from error
+    check_study(study, scoring)
     return study
 
 
