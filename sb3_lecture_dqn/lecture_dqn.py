@@ -61,7 +61,7 @@ from sb3_lecture_dqn.model_files import (
     with_ending,
 )
 from sb3_lecture_dqn.policies import CnnPolicy, LectureDQNPolicy, MlpPolicy, MultiInputPolicy, QNetwork
-from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes
+from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, ContiguousReplayBuffer, end_last_episodes, repeat_last_transitions
 from sb3_lecture_dqn.resume.checkpoints import record_for_checkpoints
 from sb3_lecture_dqn.seeding import make_generator, numpy_draws_from
 from sb3_lecture_dqn.validation import (
@@ -488,6 +488,21 @@ class LectureDQN(OffPolicyAlgorithm):
             return super().collect_rollouts(*args, **kwargs)
         finally:
             self._is_collecting = False
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """D ∪ {(s, a, r, s', d)} (L10); a pause of ``GymVectorVecEnv`` is no transition of the environment."""
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        paused = [i for i, info in enumerate(infos) if "is_pause" in info]
+        if paused and isinstance(replay_buffer, (HerReplayBuffer, *UNIFORM_BUFFERS)):
+            repeat_last_transitions(replay_buffer, paused)
 
     # Training: θ and ψ
 

@@ -31,6 +31,10 @@ def _field(name: str) -> Any:
     return property(get, assign)
 
 
+#: The arrays of SB3's buffers that hold a row for each transition; of dictionary observations, several arrays each.
+FIELDS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
 class ContiguousReplayBuffer(ReplayBuffer):
     """
     SB3's ``ReplayBuffer``, with the same arguments, arrays and draws, laid out for sampling.
@@ -44,8 +48,6 @@ class ContiguousReplayBuffer(ReplayBuffer):
     :raises ValueError: if ``optimize_memory_usage`` is set, which SB3's own class is for
     """
 
-    _FIELDS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-
     observations = _field("observations")
     next_observations = _field("next_observations")
     actions = _field("actions")
@@ -57,14 +59,14 @@ class ContiguousReplayBuffer(ReplayBuffer):
         super().__init__(*args, **kwargs)
         if self.optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False for a ContiguousReplayBuffer, got True")
-        arrays = [(name, getattr(self, name)) for name in self._FIELDS]
+        arrays = [(name, getattr(self, name)) for name in FIELDS]
         record = np.dtype([(name, array.dtype, array.shape[2:]) for name, array in arrays], align=True)
         # SB3's arrays are all zeros still, so the system has not given them any memory yet
         self._records = np.zeros((self.buffer_size, self.n_envs), dtype=record)
         self._make_views()
 
     def _make_views(self) -> None:
-        self.__dict__.update({name: self._records[name] for name in self._FIELDS})
+        self.__dict__.update({name: self._records[name] for name in FIELDS})
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         if self.n_envs > 1:
@@ -87,7 +89,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies."""
-        return {name: value for name, value in self.__dict__.items() if name not in self._FIELDS}
+        return {name: value for name, value in self.__dict__.items() if name not in FIELDS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -119,6 +121,25 @@ def end_last_episodes(replay_buffer: ReplayBuffer) -> None:
     if replay_buffer.handle_timeout_termination:
         replay_buffer.timeouts[replay_buffer.pos - 1][dones == 0] = 1
     dones[:] = 1
+
+
+def repeat_last_transitions(replay_buffer: ReplayBuffer, env_indices: list[int]) -> None:
+    """
+    Store the last transition of some episodes once more, in the place of what came after it.
+
+    A buffer that stores each observation once (``optimize_memory_usage``) has no place for that, and stays as it is.
+
+    :param replay_buffer: The buffer, whose newest row is to be replaced
+    :param env_indices: The environments whose episodes ended in the row before
+    """
+    newest, before = ((replay_buffer.pos - n) % replay_buffer.buffer_size for n in (1, 2))
+    ended = [i for i in env_indices if replay_buffer.dones[before, i]]  # not if that row is another run's
+    if replay_buffer.optimize_memory_usage or not ended:
+        return
+    for name in FIELDS:
+        arrays = getattr(replay_buffer, name)
+        for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
+            array[newest, ended] = array[before, ended]
 
 
 #: Replay buffers whose draws are alike, so that several batches may be one draw.

@@ -13,12 +13,14 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from scripted_envs import CountingEnv
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs import GymVectorVecEnv, RoboParkingVectorEnv
+from sb3_lecture_dqn.replay_buffer import FIELDS
 
 pytestmark = pytest.mark.usefixtures("without_the_zoos_time_limit")
 
@@ -190,6 +192,34 @@ def test_gymnasiums_own_cart_pole_vector_environment_is_learned_from_and_its_pau
     assert min(lengths) >= 8  # no pole falls sooner
 
 
+@pytest.mark.parametrize(
+    ("policy", "make_env", "settings"),
+    [
+        ("MlpPolicy", make_cart_pole, {}),
+        ("MlpPolicy", make_cart_pole, {"n_steps": 3}),
+        ("MlpPolicy", make_cart_pole, {"replay_buffer_class": ReplayBuffer}),
+        ("MultiInputPolicy", Countdown, {}),
+    ],
+)
+def test_in_the_place_of_a_pause_the_last_transition_is_stored_once_more(
+    policy: str, make_env: Any, settings: dict[str, Any]
+) -> None:
+    env = GymVectorVecEnv(ResetsInTheNextStep(make_env))
+    timeouts = {"handle_timeout_termination": True}
+    buffer = (
+        LectureDQN(policy, env, buffer_size=250, replay_buffer_kwargs=timeouts, seed=0, **settings).learn(600).replay_buffer
+    )
+    assert buffer is not None
+    pauses = np.argwhere((buffer.dones[:-1] == 1) & (buffer.dones[1:] == 1))
+    assert len(pauses) > 5
+    for step, i in pauses:
+        for name in FIELDS:
+            field = getattr(buffer, name)
+            for array in field.values() if isinstance(field, dict) else [field]:
+                assert_same(array[step + 1, i], array[step, i])
+    assert 0 not in buffer.rewards[: buffer.pos] or make_env is Countdown
+
+
 def test_a_reset_ends_the_pauses() -> None:
     env = GymVectorVecEnv(CartPoleVectorEnv(num_envs=1))
     env.seed(0)
@@ -260,25 +290,22 @@ def test_gymnasiums_episode_statistics_are_refused_where_they_do_not_learn_what_
     assert lengths == list(env.env.length_queue)  # type: ignore[attr-defined]
 
 
-def test_processes_that_share_no_memory_are_refused_where_they_would_reset_twice() -> None:
-    make_envs = [make_cart_pole]
-    for mode, shared_memory, is_refused in [
-        (AutoresetMode.NEXT_STEP, False, True),
-        (AutoresetMode.NEXT_STEP, True, False),
-        (AutoresetMode.SAME_STEP, False, False),
-    ]:
-        vector_env = AsyncVectorEnv(make_envs, autoreset_mode=mode, shared_memory=shared_memory)
-        try:
-            if is_refused:
-                with pytest.raises(ValueError, match="env must share its memory, got an AsyncVectorEnv"):
-                    GymVectorVecEnv(vector_env)
-                continue
-            env = GymVectorVecEnv(vector_env)
-            env.seed(0)
-            env.reset()
-            assert all(env.step(np.array([1]))[1] == 1 for _ in range(25))  # each step of CartPole, and none is lost
-        finally:
-            vector_env.close()
+@pytest.mark.parametrize(
+    ("mode", "shared_memory"),
+    [(AutoresetMode.NEXT_STEP, False), (AutoresetMode.NEXT_STEP, True), (AutoresetMode.SAME_STEP, False)],
+)
+def test_no_step_of_processes_is_lost_whatever_they_share(mode: AutoresetMode, shared_memory: bool) -> None:
+    env = GymVectorVecEnv(AsyncVectorEnv([make_cart_pole], autoreset_mode=mode, shared_memory=shared_memory))
+    try:
+        env.seed(0)
+        env.reset()
+        steps = [env.step(np.array([1])) for _ in range(30)]
+    finally:
+        env.close()
+    # CartPole gives 1 for each; processes that share no memory cannot be asked to reset, and pause
+    assert [rewards[0] for _, rewards, _, _ in steps] == [float("is_pause" not in info) for _, _, _, (info,) in steps]
+    has_pauses = mode == AutoresetMode.NEXT_STEP and not shared_memory
+    assert any("is_pause" in info for _, _, _, (info,) in steps) == has_pauses
 
 
 class KeepsItsRewards(ResetsInTheNextStep):

@@ -27,20 +27,20 @@ class GymVectorVecEnv(VecEnv):
     return ``r``, the length ``l``, and the seconds ``t`` since this object was made).
 
     In the same-step mode the vector environment does that itself. In the disabled mode, and in the next-step mode of
-    Gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` and of :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv`, it is
-    asked to, by ``reset(options={"reset_mask": ...})``.
+    Gymnasium's ``SyncVectorEnv`` and ``AsyncVectorEnv`` (with shared memory) and of
+    :class:`~sb3_lecture_dqn.envs.RoboParkingVectorEnv`, it is asked to, by ``reset(options={"reset_mask": ...})``.
 
     Any other vector environment in the next-step mode (Gymnasium's ``CartPoleVectorEnv``) resets an ended sub-environment one
     step later, takes no action for it in that step, and cannot do it sooner without stepping the others. The step that ends
     the episode then gives the last observation once more, and the next one is a pause: its reward is 0, and it is done, with
     that observation as its ``terminal_observation``, with ``is_pause``, and without ``episode``, so that ``Monitor``'s
-    statistics and ``evaluate_policy`` do not count it. All transitions of the episode are what they would be; what is learned
-    from a pause is that an ended episode is worth 0.
+    statistics and ``evaluate_policy`` do not count it. All transitions of the episode are what they would be. ``LectureDQN``
+    does not learn from a pause: it stores the episode's last transition twice. Other algorithms learn from it that the last
+    state of an episode is worth 0, which after a time limit is wrong; so does ``LectureDQN`` with ``optimize_memory_usage``.
 
     :param env: The vector environment
     :raises TypeError: if it is not a Gymnasium ``VectorEnv``
-    :raises ValueError: if it does not declare its autoreset mode, has a wrapper of Gymnasium's that does not fit, or is an
-        ``AsyncVectorEnv`` in the next-step mode without shared memory
+    :raises ValueError: if it does not declare its autoreset mode, or has a wrapper of Gymnasium's that does not fit
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -51,13 +51,8 @@ class GymVectorVecEnv(VecEnv):
             raise ValueError(f"env must have an AutoresetMode in metadata['autoreset_mode'], got {mode!r}")
         self.env = env
         self._is_same_step = mode == AutoresetMode.SAME_STEP
-        self._resets_some = not self._is_same_step and (
-            mode == AutoresetMode.DISABLED or isinstance(env.unwrapped, RESETS_SOME)
-        )
+        self._resets_some = not self._is_same_step and (mode == AutoresetMode.DISABLED or _resets_some_when_asked(env))
         self._check_wrappers()
-        if mode == AutoresetMode.NEXT_STEP and isinstance(env.unwrapped, AsyncVectorEnv) and not env.unwrapped.shared_memory:
-            # Its processes do not notice the reset that they are asked for, and reset once more in the next step.
-            raise ValueError("env must share its memory, got an AsyncVectorEnv in the next-step mode with shared_memory=False")
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self.metadata = env.metadata
         self._actions: np.ndarray = np.zeros(0)
@@ -273,6 +268,12 @@ class GymVectorVecEnv(VecEnv):
     def _check_all(self, indices: VecEnvIndices) -> None:
         if set(self._get_indices(indices)) != set(range(self.num_envs)):
             raise ValueError(f"indices must be None or all of 0..{self.num_envs - 1}, got {indices!r}")
+
+
+def _resets_some_when_asked(env: VectorEnv[Any, Any, Any]) -> bool:
+    if isinstance(env.unwrapped, AsyncVectorEnv) and not env.unwrapped.shared_memory:
+        return False  # its processes do not notice the reset that they are asked for, and reset once more in the next step
+    return isinstance(env.unwrapped, RESETS_SOME)
 
 
 def split_infos(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

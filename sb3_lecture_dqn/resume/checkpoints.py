@@ -18,7 +18,6 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -163,13 +162,15 @@ class ResumableCheckpointCallback(BaseCallback):
         )
 
     def _write(self, state: TrainingState, run: dict[str, Any]) -> Path:
+        from sb3_lecture_dqn.lecture_dqn import LectureDQN  # which imports this module
+
         model, replay_buffer = self.model, self.model.replay_buffer
         assert replay_buffer is not None
         parameters = take_parameters(model)
         saved: dict[str, Any] = {"run": run}
         writers: dict[str, Writer] = {}
         row_files = []
-        adds_a_row_a_step = is_own_method(model, "_store_transition", OffPolicyAlgorithm)
+        adds_a_row_a_step = is_own_method(model, "_store_transition", LectureDQN)
         if adds_a_row_a_step and stores_rows_as_sb3(replay_buffer):
             row_files = self._replay_buffer_files.write_new_rows(self.folder, replay_buffer, model.num_timesteps)
             saved["replay_buffer"] = self._replay_buffer_files.state(replay_buffer)
