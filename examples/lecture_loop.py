@@ -1,7 +1,7 @@
 """
 L15: the lecture's train loop in its names, on this package's pieces, until π first returns 475 or more on average over ten
-episodes, or the updates are over. It is the slides' line for line, with 64 gradient steps in an update. Their
-last loop never sets psi = theta again, though a slide before says to; the line is added.
+episodes, or the updates are over. It is the slides' line for line, with 64 gradient steps in an update. Their last loop never
+sets psi = theta again, though a slide before says to; the line is added.
 
 ::
 

@@ -86,7 +86,7 @@ def drive(driver: Driver, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     while is_driving.any():
         observations, rewards, terminations, truncations, _ = env.step(driver(observations))
         returns += rewards * is_driving
-        is_parked |= terminations  # a time limit is over for all at once, so nobody parks after one
+        is_parked |= terminations & is_driving
         is_driving &= ~(terminations | truncations)
     return returns, is_parked
 

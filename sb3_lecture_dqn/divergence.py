@@ -83,12 +83,13 @@ class DivergenceWatch:
         if n_new == 0:
             return
         rows = np.arange(pos - n_new, pos)  # below 0 they count from the ring's end
+        as_float32 = _sees_float32(model)
         for name, array_name, causes in (
             ("rewards", "rewards", _REWARD_CAUSES),
             ("observations", "next_observations", _OBSERVATION_CAUSES),
             ("observations", "observations", _OBSERVATION_CAUSES),
         ):
-            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows, _sees_float32(model))
+            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows, as_float32)
             if first_bad is not None:
                 step = model.num_timesteps - (n_new - first_bad - 1) * replay_buffer.n_envs
                 raise DivergenceError(

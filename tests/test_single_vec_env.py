@@ -166,9 +166,12 @@ def test_observations_that_are_not_as_large_as_the_space_are_refused(first: int,
         LectureDQN("MultiInputPolicy", WrongSize(first, wrong, "speeds")).learn(10)
 
 
-def test_observations_of_the_right_size_in_another_form_are_taken() -> None:
-    for observation in ([0.1, 0.2, 0.3, 0.4], np.full((1, 4), 0.1)):
-        LectureDQN("MlpPolicy", WrongSize(0, observation)).learn(10)
+@pytest.mark.parametrize("observation", [[0.1, 0.2, 0.3, 0.4], np.array([[0.1, 0.2, 0.3, 0.4]])])
+def test_observations_of_the_right_size_in_another_form_are_stored_as_they_are(observation: Any) -> None:
+    buffer = LectureDQN("MlpPolicy", WrongSize(0, observation)).learn(10).replay_buffer
+    assert buffer is not None
+    for stored in (buffer.observations[:10, 0], buffer.next_observations[:10, 0]):
+        np.testing.assert_array_equal(stored, np.tile(np.float32([0.1, 0.2, 0.3, 0.4]), (10, 1)))
 
 
 def test_seeds_and_options_reach_the_environment() -> None:

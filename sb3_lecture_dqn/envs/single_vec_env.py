@@ -28,7 +28,6 @@ class SingleVecEnv(DummyVecEnv):
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__([lambda: env])
         self._batch_shape = (1, *(self.observation_space.shape or ()))
-        self._sizes = {key: array.size for key, array in self.buf_obs.items()}
 
     def step_wait(self) -> VecEnvStepReturn:
         """
@@ -62,11 +61,11 @@ class SingleVecEnv(DummyVecEnv):
         super()._save_obs(env_idx, obs)
 
     def _check_size(self, key: Any, observation: Any) -> None:
+        buffer = self.buf_obs[key]  # of one environment
         size = observation.size if isinstance(observation, np.ndarray) else np.size(observation)
-        if size != self._sizes[key]:
-            where = "" if key is None else f" in {key!r}"
-            shape = self.buf_obs[key].shape[1:]
-            raise ValueError(f"env must give observations of shape {shape}{where}, got one of shape {np.shape(observation)}")
+        if size != buffer.size:
+            shape = f"{buffer.shape[1:]}" if key is None else f"{buffer.shape[1:]} in {key!r}"
+            raise ValueError(f"env must give observations of shape {shape}, got one of shape {np.shape(observation)}")
 
 
 def _deep_copy(info: dict[str, Any]) -> dict[str, Any]:
