@@ -9,6 +9,7 @@ sets psi = theta again, though a slide before says to; the line is added.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import gymnasium
@@ -105,7 +106,6 @@ def run(seed: int) -> list[float]:
     """The loop of the slides, until an evaluation counts as solved; what π returned after each update."""
     np.random.seed(seed)  # SB3's buffer draws from it
     returns = []
-
     env = gymnasium.make("CartPole-v1")
     env.reset(seed=seed)
     Q = DeepQ(env.observation_space, env.action_space)  # noqa: N806
@@ -131,8 +131,9 @@ def main() -> None:
     """Run the loop for every seed, print whether it solved the task, draw."""
     folder = parse_folder(__doc__)
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for seed, color in SEEDS.items():
-        returns = run(seed)
+    with ProcessPoolExecutor() as pool:  # a seed on each core
+        returns_of_seeds = [*pool.map(run, SEEDS)]
+    for (seed, color), returns in zip(SEEDS.items(), returns_of_seeds, strict=True):
         updates = np.arange(1, len(returns) + 1)
         verdict = "solved" if returns[-1] >= SOLVED else "not solved"
         print(f"Seed {seed}: {verdict} after {updates[-1]} updates; π then returns {returns[-1]:.0f}.", flush=True)
