@@ -8,6 +8,15 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch as th
+from both_paths import (
+    BATCH_SIZE,
+    DoubleFlatten,
+    copied,
+    largest_difference,
+    make_model,
+    random_batch,
+    train_on,
+)
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -20,105 +29,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
-
-VECTOR = spaces.Box(-3, 3, (5,), np.float32)
-IMAGE = spaces.Box(0, 255, (1, 12, 12), np.uint8)
-SPACES = {
-    "vector": VECTOR,
-    "image": IMAGE,
-    "dict": spaces.Dict({"vector": VECTOR, "image": IMAGE, "number": spaces.Discrete(3)}),
-}
-BATCH_SIZE = 16
-
-
-class SmallCnn(FlattenExtractor):
-    """A trained encoder for images that are too small for the Nature CNN."""
-
-    def __init__(self, observation_space: spaces.Box) -> None:
-        super().__init__(observation_space)
-        self._features_dim = 32
-        self.layers = nn.Sequential(nn.Conv2d(1, 2, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 32))
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        features: th.Tensor = self.layers(observations.to(next(self.parameters()).dtype))
-        return features
-
-
-class DoubleFlatten(FlattenExtractor):
-    """SB3 turns observations into float32; this turns them back."""
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return super().forward(observations).double()
-
-
-class DictEncoder(BaseFeaturesExtractor):
-    """A trained encoder of the image beside the vector and the number."""
-
-    def __init__(self, observation_space: spaces.Dict) -> None:
-        super().__init__(observation_space, features_dim=5 + 3 + 8)
-        self.image = nn.Sequential(nn.Flatten(), nn.Linear(144, 8))
-
-    def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
-        dtype = self.image[1].weight.dtype
-        image = self.image(observations["image"].to(dtype))
-        return th.cat([image, observations["vector"].to(dtype), observations["number"].flatten(1).to(dtype)], dim=1)
-
-
-EXTRACTORS = {"vector": DoubleFlatten, "image": SmallCnn, "dict": DictEncoder}
-POLICIES = {"vector": "MlpPolicy", "image": "CnnPolicy", "dict": "MultiInputPolicy"}
-
-
-class SpaceEnv:
-    """Only the spaces of an environment, as SB3 needs them to set a model up."""
-
-    def __new__(cls, kind: str) -> Any:
-        import gymnasium
-
-        env: Any = gymnasium.Env()
-        env.observation_space, env.action_space = SPACES[kind], spaces.Discrete(3)
-        env.reset = lambda **_: (env.observation_space.sample(), {})
-        return env
-
-
-def make_model(kind: str, fast: bool, dtype: th.dtype = th.float64, **kwargs: Any) -> LectureDQN:
-    policy_kwargs = {"net_arch": [16, 16], "final_layer_std": 0.3, **kwargs.pop("policy_kwargs", {})}
-    if dtype == th.float64 or kind != "vector":
-        policy_kwargs["features_extractor_class"] = EXTRACTORS[kind]
-    model = LectureDQN(POLICIES[kind], SpaceEnv(kind), buffer_size=10, policy_kwargs=policy_kwargs, seed=0, **kwargs)
-    model.policy.to(dtype)
-    model._setup_learn(10_000)
-    if not fast:
-        model._current_fast_update = lambda: None  # type: ignore[method-assign]
-    return model
-
-
-def random_batch(kind: str, rng: np.random.Generator, dtype: th.dtype = th.float64) -> ReplayBufferSamples:
-    def observations() -> Any:
-        samples: dict[str, Any] = {
-            "vector": th.as_tensor(rng.normal(size=(BATCH_SIZE, 5)).astype(np.float32)),
-            "image": th.as_tensor(rng.integers(255, size=(BATCH_SIZE, 1, 12, 12)), dtype=th.uint8),
-            "number": th.as_tensor(rng.integers(3, size=(BATCH_SIZE, 1))),
-        }
-        return samples if kind == "dict" else samples[kind]
-
-    return ReplayBufferSamples(
-        observations=observations(),
-        actions=th.as_tensor(rng.integers(3, size=(BATCH_SIZE, 1))),
-        next_observations=observations(),
-        dones=th.as_tensor(rng.integers(2, size=(BATCH_SIZE, 1))).to(dtype),
-        rewards=th.as_tensor(rng.normal(size=(BATCH_SIZE, 1))).to(dtype),
-    )
-
-
-def train_on(model: LectureDQN, batch: ReplayBufferSamples) -> None:
-    model._sample_batch = lambda _: batch  # type: ignore[method-assign]
-    model.train(gradient_steps=1, batch_size=BATCH_SIZE)
-    model._on_step()
-
-
-def largest_difference(first: LectureDQN, second: LectureDQN) -> float:
-    pairs = zip(first.policy.parameters(), second.policy.parameters(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
@@ -193,7 +103,7 @@ def test_one_float32_update_from_the_same_state_agrees_at_100_points_of_a_real_r
     plain._setup_learn(100)
     for _ in range(100):
         run.learn(8, reset_num_timesteps=False)
-        plain.set_parameters(_copied(run.get_parameters()))  # PyTorch's optimizers keep what they are given
+        plain.set_parameters(copied(run.get_parameters()))  # PyTorch's optimizers keep what they are given
         batch = run._sample_batch(BATCH_SIZE)
         for model in (run, plain):
             original = model._sample_batch
@@ -216,21 +126,13 @@ def test_optimizer_state_is_the_same_so_that_either_path_can_go_on(tmp_path: Pat
         assert th.allclose(state["exp_avg"], other["exp_avg"], atol=1e-12)
         assert th.allclose(state["exp_avg_sq"], other["exp_avg_sq"], atol=1e-12)
     # each goes on from the other's state
-    plain_parameters, fast_parameters = (_copied(model.get_parameters()) for model in (plain, fast))
+    plain_parameters, fast_parameters = (copied(model.get_parameters()) for model in (plain, fast))
     plain.set_parameters(fast_parameters)
     fast.set_parameters(plain_parameters)
     for batch in batches[20:]:
         train_on(plain, batch)
         train_on(fast, batch)
     assert largest_difference(plain, fast) < 1e-12
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, th.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value
 
 
 def test_a_learning_rate_schedule_reaches_the_fast_path() -> None:
