@@ -19,7 +19,7 @@ import inspect
 import io
 import pickle
 import warnings
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -47,6 +47,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.graph import GraphUpdate
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
@@ -140,6 +141,27 @@ def update_target(parameters: list[th.Tensor], target_parameters: list[th.Tensor
         hard_copy(parameters, target_parameters)
     else:
         polyak_update(parameters, target_parameters, tau)
+
+
+@dataclass(frozen=True)
+class FastTargets:
+    """The targets (L12) of transitions for the fast update; equal to another if γ is."""
+
+    gamma: float
+
+    def __call__(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
+        """
+        The targets of some of the transitions.
+
+        :param fast_update: Computes Q(s', ·, ψ)
+        :param samples: The transitions
+        :param rows: Which of them
+        :return: Targets, shape (n, 1)
+        """
+        discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
+        next_q_values = fast_update.next_q_values(rows_of(samples.next_observations, rows))
+        targets = td_target(samples.rewards[rows], samples.dones[rows], next_q_values, discounts)
+        return targets.to(next_q_values.dtype)  # a buffer of a user's own may give rewards in float64
 
 
 def _lists_to_arrays(observation: Any) -> Any:
@@ -627,10 +649,11 @@ class LectureDQN(OffPolicyAlgorithm):
             return None  # a loss or a clipping of a user's own
         if self.q_net is not self.policy.q_net or self.q_net_target is not self.policy.q_net_target:
             return None
-        if th.is_autocast_enabled("cpu"):
+        if th.is_autocast_enabled(self.device.type):
             return None
         if self._fast_update is None or not self._fast_update.is_current(self.policy):
-            self._fast_update = FastUpdate.for_policy(self.policy)
+            kind = FastUpdate if self.device.type == "cpu" else GraphUpdate
+            self._fast_update = kind.for_policy(self.policy)
         return self._fast_update
 
     def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
@@ -638,8 +661,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if fast_update.needs_training_mode:
             self.policy.set_training_mode(True)
         with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
-            # an encoder that we do not know may not bear two threads
-            may_be_used = are_threads_left and not fast_update.needs_training_mode
+            may_be_used = are_threads_left and fast_update.may_use_second_thread
             with fast_update.second_thread.measured(may_be_used, gradient_steps):
                 self._fast_updates(fast_update, gradient_steps, batch_size)
 
@@ -652,16 +674,9 @@ class LectureDQN(OffPolicyAlgorithm):
             gradient_steps -= n_updates
             # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
             samples = self._sample_batch(n_updates * batch_size)
-            targets_of = partial(self._fast_targets, fast_update, samples)
             rows = batch_size if is_uniform else len(samples.actions)  # what such a buffer gives is one batch, however large
-            results = fast_update.steps(samples.observations, samples.actions, targets_of, rows, self.max_grad_norm)
+            results = fast_update.steps(samples, FastTargets(self.gamma), rows, self.max_grad_norm)
             self._count_updates(n_updates, metrics_of_results, results)
-
-    def _fast_targets(self, fast_update: FastUpdate, samples: ReplayBufferSamples, rows: slice) -> th.Tensor:
-        discounts = self.gamma if samples.discounts is None else samples.discounts[rows]
-        next_q_values = fast_update.next_q_values(rows_of(samples.next_observations, rows))
-        targets = td_target(samples.rewards[rows], samples.dones[rows], next_q_values, discounts)
-        return targets.to(next_q_values.dtype)  # a buffer of a user's own may give rewards in float64
 
     # Metrics, and whether they can be right
 

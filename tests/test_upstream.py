@@ -99,7 +99,7 @@ PRIVATE_NAMES: list[tuple[Callable[[], Any], str, list[str]]] = [
     (lambda: th.optim.Adam([th.zeros(1)]), "fast/adam.py", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"]),
     (lambda: torch_optimizer, "fast/adam.py", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"]),
     (lambda: th, "fast/adam.py", ["_fused_adam_"]),
-    (lambda: th, "fast/update.py", ["_foreach_copy_"]),
+    (lambda: th, "fast/update.py and fast/graph.py", ["_foreach_copy_"]),
 ]
 
 

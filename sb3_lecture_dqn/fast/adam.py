@@ -45,6 +45,16 @@ def has_one_step_count(optimizer: th.optim.Optimizer) -> bool:
     return len({float(state.get("step", 0)) for state in states}) == 1
 
 
+def is_in_shared_memory(tensor: th.Tensor) -> bool:
+    """
+    Whether other processes may see a tensor.
+
+    :param tensor: The tensor
+    :return: Whether it is in shared memory; PyTorch says so of all that is on a GPU
+    """
+    return tensor.device.type == "cpu" and tensor.untyped_storage().is_shared()
+
+
 def flatten(parameters: Sequence[th.Tensor]) -> th.Tensor:
     """
     Move parameters into one tensor and make them views of it.
@@ -66,8 +76,7 @@ def unflatten(parameters: Sequence[th.Tensor], optimizer: th.optim.Optimizer) ->
     :param optimizer: Their optimizer
     """
     for parameter in parameters:
-        storage = parameter.untyped_storage()
-        if storage.nbytes() == parameter.nbytes or storage.is_shared():
+        if parameter.untyped_storage().nbytes() == parameter.nbytes or is_in_shared_memory(parameter):
             continue
         parameter.data = parameter.data.clone()
         parameter.grad = None if parameter.grad is None else parameter.grad.clone()
@@ -131,16 +140,19 @@ class FlatAdam:
 
     def step(self) -> None:
         """One step of Adam, by PyTorch's own kernel for one tensor."""
-        group = self.optimizer.param_groups[0]
         self.step_counts += 1
+        self._move(self.theta, self.step_count, self.optimizer.param_groups[0]["lr"])
+
+    def _move(self, tensor: th.Tensor, step_count: th.Tensor, learning_rate: float) -> None:
+        group = self.optimizer.param_groups[0]
         th._fused_adam_(
-            [self.theta],
+            [tensor],
             [self.gradient],
             [self.first_moment],
             [self.second_moment],
             [],
-            [self.step_count],
-            lr=group["lr"],
+            [step_count],
+            lr=learning_rate,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=0.0,
@@ -148,3 +160,47 @@ class FlatAdam:
             amsgrad=False,
             maximize=False,
         )
+
+
+class DeviceAdam(FlatAdam):
+    """
+    The same for steps that are captured once and replayed: the numbers that change are read from the device.
+
+    The optimizer keeps its step counts on the CPU, as PyTorch's plain Adam does; :meth:`begin` and :meth:`end` follow them.
+
+    :param optimizer: As for :class:`FlatAdam`
+    :param theta: As for :class:`FlatAdam`
+    :param gradient: As for :class:`FlatAdam`
+    """
+
+    def __init__(self, optimizer: th.optim.Adam, theta: th.Tensor, gradient: th.Tensor) -> None:
+        super().__init__(optimizer, theta, gradient)
+        self.learning_rate = theta.new_zeros(())
+        self.step_count_there = th.zeros((), dtype=th.float32, device=theta.device)  # CUDA's kernel reads no other type
+        self.direction = th.zeros_like(theta)
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """What a captured step does not read again: β₁, β₂ and ε of Adam."""
+        group = self.optimizer.param_groups[0]
+        return (*group["betas"], group["eps"])
+
+    def begin(self) -> None:
+        """Before some steps: tell the device the learning rate and how many steps there were."""
+        self.learning_rate.fill_(self.optimizer.param_groups[0]["lr"])
+        self.step_count_there.fill_(float(self.step_count))
+
+    def end(self, n_steps: int) -> None:
+        """
+        After these steps: tell the optimizer.
+
+        :param n_steps: How many they were
+        """
+        self.step_counts += n_steps
+
+    def step(self) -> None:
+        """One step; PyTorch's kernel gives the direction, so that the learning rate is as exact as θ and not a float32."""
+        self.step_count_there += 1
+        self.direction.zero_()
+        self._move(self.direction, self.step_count_there, 1.0)
+        self.theta.addcmul_(self.direction, self.learning_rate)

@@ -17,9 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_lecture_dqn.fast.adam import FlatAdam, flatten, has_one_step_count, is_plain_adam, views
+from sb3_lecture_dqn.fast.adam import FlatAdam, flatten, has_one_step_count, is_in_shared_memory, is_plain_adam, views
 from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
@@ -47,6 +48,9 @@ MODELESS_MODULES = (
     nn.Conv2d,
     nn.ReLU,
 )
+
+#: Gives the targets of some rows of what was drawn, shape (n, 1); two are equal if they compute the same.
+TargetsOf = Callable[["FastUpdate", ReplayBufferSamples, slice], th.Tensor]
 
 
 def rows_of(observations: Any, rows: slice) -> Any:
@@ -138,6 +142,8 @@ class FastUpdate:
     :param optimizer: Its optimizer
     """
 
+    #: Where the parameters have to be.
+    device_type: ClassVar[str] = "cpu"
     #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
     rows_ahead: ClassVar[int] = 384
 
@@ -155,7 +161,7 @@ class FastUpdate:
         self.composition = Composition(policy)
         self.head, self.target_head = _head_of(policy.q_net), _head_of(policy.q_net_target)
         self.head_gradients = _head_of(policy.q_net, gradient_of)
-        self.adam = FlatAdam(optimizer, self.theta, self.gradient)
+        self.adam = self._make_adam(optimizer)
         self.second_thread = SecondThread()
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
@@ -171,7 +177,7 @@ class FastUpdate:
 
         :param policy: The policy
         :return: Its update, or ``None`` where only the plain one is right: other layers, methods of a user's own, other
-            optimizers, hooks, frozen parameters, parameters in a GPU's or in shared memory, a policy that was compiled
+            optimizers, hooks, frozen parameters, parameters on another device or in shared memory, a policy that was compiled
         """
         if not isinstance(policy, LectureDQNPolicy) or replaces_methods(policy):
             return None
@@ -179,12 +185,15 @@ class FastUpdate:
         parameters = list(policy.q_net.parameters())
         all_parameters = (*parameters, *policy.q_net_target.parameters())
         kinds = {(p.device.type, p.dtype) for p in all_parameters}
-        if None in heads or len(kinds) > 1 or policy.device.type != "cpu":
+        if None in heads or len(kinds) > 1 or policy.device.type != cls.device_type:
             return None
-        if have_hooks(parameters) or any(p.untyped_storage().is_shared() for p in all_parameters):
+        if have_hooks(parameters) or any(map(is_in_shared_memory, all_parameters)):
             return None
         optimizer = policy.optimizer
         return cls(policy, optimizer) if is_plain_adam(optimizer, parameters) and has_one_step_count(optimizer) else None
+
+    def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
+        return FlatAdam(optimizer, self.theta, self.gradient)
 
     def _addresses(self) -> list[int]:
         return list(map(th.Tensor.data_ptr, chain(self.parameters, self.target_parameters)))
@@ -209,6 +218,11 @@ class FastUpdate:
             and self.adam.is_current()
         )
 
+    @property
+    def may_use_second_thread(self) -> bool:
+        """Whether two threads may share an update, which an encoder that we do not know may not bear."""
+        return not self.needs_training_mode
+
     def multiply_adds(self, batch_size: int) -> int | None:
         """
         The work of one forward pass.
@@ -229,26 +243,21 @@ class FastUpdate:
         return forward(self.target_head, self._features(self.policy.q_net_target, next_observations))
 
     def steps(
-        self,
-        observations: Any,
-        actions: th.Tensor,
-        targets_of: Callable[[slice], th.Tensor],
-        batch_size: int,
-        max_grad_norm: float | None,
+        self, samples: ReplayBufferSamples, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
     ) -> StepResults:
         """
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
-        :param observations: s of all batches, one after the other
-        :param actions: a, shape (n_updates · B, 1)
-        :param targets_of: Gives the targets of some of the rows, shape (n, 1)
+        :param samples: The transitions of all batches, one batch after the other
+        :param targets_of: Gives the targets of some of the rows
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What :func:`metrics_of_results` needs
         """
+        observations, actions = samples.observations, samples.actions
         # an operation takes less of it, but nothing of an encoder may come out of it that autograd sees later
         with th.inference_mode() if self.has_vector_observations else th.no_grad():
-            targets = self._targets(targets_of, len(actions) // batch_size, batch_size)
+            targets = self._targets(partial(targets_of, self, samples), len(actions) // batch_size, batch_size)
             # the metrics keep them, and should not keep all that was drawn with them
             actions = actions.to(th.int64, copy=True)
             inputs = observations if self.encodes_in_steps else self._features(self.policy.q_net, observations)
@@ -262,7 +271,7 @@ class FastUpdate:
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
         n_actions = len(self.head.final_layer.bias)
-        return th.zeros(len(actions), n_actions, dtype=self.theta.dtype).scatter_(1, actions, 2 / batch_size)
+        return self.theta.new_zeros(len(actions), n_actions).scatter_(1, actions, 2 / batch_size)
 
     def _targets(
         self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int
@@ -293,9 +302,7 @@ class FastUpdate:
             self._encoder_gradients(features, features_gradient)
         squared_norm = th.dot(self.gradient, self.gradient)
         if max_grad_norm is not None:
-            scale = max_grad_norm / (math.sqrt(squared_norm) + 1e-6)  # that of PyTorch's clip_grad_norm_
-            if scale < 1:
-                self.gradient.mul_(scale)
+            self._clip(squared_norm, max_grad_norm)
         self.adam.step()
         return forward_pass.q_values, targets, squared_norm
 
@@ -303,6 +310,11 @@ class FastUpdate:
         if self.has_vector_observations:  # SB3's preprocessing and its encoder leave them as they are
             return observations.float()  # type: ignore[no-any-return]
         return q_net.extract_features(observations, q_net.features_extractor)
+
+    def _clip(self, squared_norm: th.Tensor, max_grad_norm: float) -> None:
+        scale = max_grad_norm / (math.sqrt(squared_norm) + 1e-6)  # that of PyTorch's clip_grad_norm_
+        if scale < 1:
+            self.gradient.mul_(scale)
 
     def _encoder_gradients(self, features: th.Tensor, features_gradient: th.Tensor) -> None:
         for parameter in self.policy.q_net.features_extractor.parameters():

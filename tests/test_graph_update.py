@@ -1,0 +1,487 @@
+"""
+The update on a GPU is the plain update too.
+
+There is no GPU here. What is captured is replayed as a GPU would do it: the same operations on the same memory, without any
+line of Python in between. That they also run on a device other than the CPU is tried with tensors that have no contents.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch as th
+from both_paths import (
+    BATCH_SIZE,
+    DictEncoder,
+    DoubleFlatten,
+    SmallCnn,
+    SpaceEnv,
+    copied,
+    largest_difference,
+    make_model,
+    random_batch,
+    train_on,
+)
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sb3_lecture_dqn import LectureDQN, lecture_dqn
+from sb3_lecture_dqn.fast import graph, update
+from sb3_lecture_dqn.fast.graph import GraphUpdate
+
+T = TypeVar("T")
+
+
+class Recording(TorchDispatchMode):
+    """Records the operations of some work; what it wrote is put back, because a capture computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[th.Tensor]]] = []
+        self.overwritten: dict[int, tuple[th.UntypedStorage, th.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, [*args, *kwargs.values()], strict=False):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tree_leaves(value) if is_written else []:
+                self.keep(tensor)
+        for tensor in (value for name, value in kwargs.items() if name in {"out", "grad_input"}):
+            self.keep(tensor)
+        outputs = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, th.Tensor)]))
+        return outputs
+
+    def keep(self, tensor: th.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def put_back(self) -> None:
+        for storage, contents in self.overwritten.values():
+            storage.copy_(contents)
+
+    @th.inference_mode()
+    def replay(self) -> None:
+        for func, args, kwargs, outputs in self.calls:
+            results = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, th.Tensor)]
+            for output, result in zip(outputs, results, strict=True):
+                if output.data_ptr() != result.data_ptr():
+                    output.copy_(result)
+
+
+class NoisyEncoder(FlattenExtractor):
+    """An encoder of a user's own."""
+
+
+class Captures:
+    """Stands for CUDA, and counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.recordings: list[Recording] = []
+        self.n_replays = 0
+
+    def capture(self, work: Callable[[], T], _: th.device) -> tuple[Callable[[], None], T]:
+        with Recording() as recording:
+            results = work()
+        recording.put_back()
+        self.recordings.append(recording)
+
+        def replay() -> None:
+            self.n_replays += 1
+            recording.replay()
+
+        return replay, results
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """The path of a GPU on the CPU, with the encoders of the other tests, which work in float64, as known ones."""
+    captures = Captures()
+    known = (*update.MODELESS_MODULES, SmallCnn, DictEncoder, DoubleFlatten)
+    monkeypatch.setattr(update, "MODELESS_MODULES", known)
+    monkeypatch.setattr(graph, "MODELESS_MODULES", known)
+    monkeypatch.setattr(graph, "capture", captures.capture)
+    monkeypatch.setattr(GraphUpdate, "device_type", "cpu")
+    monkeypatch.setattr(GraphUpdate, "can_capture", True)
+    monkeypatch.setattr(lecture_dqn, "FastUpdate", GraphUpdate)
+    return captures
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("kind", ["vector", "image", "dict"])
+def test_replays_agree_with_the_plain_path_in_float64_over_500_updates(
+    captures: Captures, kind: str, max_grad_norm: float | None
+) -> None:
+    kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "target_update_interval": 20, "learning_rate": 1e-3}
+    plain, fast = (make_model(kind, fast, **kwargs) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        batch = random_batch(kind, rng)
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert (len(captures.recordings), captures.n_replays) == (1, 499)
+    assert largest_difference(plain, fast) < 1e-9
+    assert largest_difference(plain, make_model(kind, fast=False)) > 0.01
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_steps": 3}, {"max_grad_norm": 0.5}])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_whole_float64_runs_agree(captures: Captures, kwargs: dict[str, Any], normalised: bool) -> None:
+    """One gradient step at a time, so that both draw the same batches; the learning rate falls all the time."""
+
+    def run(fast: bool) -> LectureDQN:
+        env = make_vec_env("CartPole-v1", n_envs=1, seed=0)
+        settings = {"learning_starts": 50, "batch_size": 16, "train_freq": 1, "target_update_interval": 50, "seed": 0}
+        policy_kwargs = {"net_arch": [16, 16], "features_extractor_class": DoubleFlatten}
+        model = LectureDQN(
+            "MlpPolicy", VecNormalize(env) if normalised else env, policy_kwargs=policy_kwargs, **settings, **kwargs
+        )
+        model.policy.double()
+        if not fast:
+            model._current_fast_update = lambda: None  # type: ignore[method-assign]
+        return model.learn(551)
+
+    plain, fast = (run(fast) for fast in (False, True))
+    assert fast._n_updates == plain._n_updates == 501
+    assert (len(captures.recordings), captures.n_replays) == (1, 500)
+    assert largest_difference(plain, fast) < 1e-9
+
+
+IMAGES = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+OBSERVATIONS = [
+    ("MlpPolicy", spaces.Box(-1, 1, (8,), np.float32)),
+    ("CnnPolicy", IMAGES),
+    ("MultiInputPolicy", spaces.Dict({"image": IMAGES, "number": spaces.Discrete(3)})),
+]
+
+
+def make_float32_model(policy: str, space: spaces.Space[Any], **kwargs: Any) -> LectureDQN:
+    """A model with 40 random transitions in D."""
+    env = SpaceEnv("vector")
+    env.observation_space = space
+    model = LectureDQN(policy, env, learning_rate=1e-3, batch_size=8, buffer_size=100, seed=0, **kwargs)
+    model._setup_learn(100)
+    rng = np.random.default_rng(0)
+    space.seed(0)
+    assert model.replay_buffer is not None
+    for _ in range(40):
+        transition = (rng.integers(3, size=1), rng.normal(size=1), rng.integers(2, size=1), [{}])
+        model.replay_buffer.add(space.sample(), space.sample(), *transition)
+    return model
+
+
+@pytest.mark.parametrize(("policy", "space"), OBSERVATIONS)
+def test_one_float32_update_agrees_with_sb3s_own_encoders(captures: Captures, policy: str, space: Any) -> None:
+    plain, fast = make_float32_model(policy, space), make_float32_model(policy, space)
+    plain._current_fast_update = lambda: None  # type: ignore[method-assign]
+    fast.train(1, 8)
+    fast.train(1, 8)
+    plain.set_parameters(copied(fast.get_parameters()))
+    plain.random_generator = copy.deepcopy(fast.random_generator)
+    for model in (plain, fast):
+        model.train(1, 8)
+    assert captures.n_replays == 2
+    assert largest_difference(plain, fast) < 1e-6
+
+
+def trained_model(**kwargs: Any) -> LectureDQN:
+    settings = {"batch_size": 16, "learning_starts": 50, "gradient_steps": 4, "learning_rate": 1e-3, **kwargs}
+    return LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings).learn(100)
+
+
+def test_several_steps_of_a_training_call_are_replays_of_one_capture(captures: Captures) -> None:
+    model = trained_model()
+    assert model._n_updates == 4 * 13
+    # the first call is made operation by operation
+    assert (len(captures.recordings), captures.n_replays) == (1, 4 * 12)
+
+
+def rows_of_batch(batch: ReplayBufferSamples, n: int) -> ReplayBufferSamples:
+    """As many rows as are asked for; of a buffer of a user's own, so that each draw is a batch."""
+    rows = np.arange(n) % BATCH_SIZE
+    return ReplayBufferSamples(*(None if field is None else field[rows] for field in batch))  # type: ignore[arg-type]
+
+
+def change_gamma(model: LectureDQN) -> None:
+    model.gamma = 0.5
+
+
+def change_clipping(model: LectureDQN) -> None:
+    model.max_grad_norm = 1e-3
+
+
+def change_betas(model: LectureDQN) -> None:
+    model.policy.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def change_epsilon(model: LectureDQN) -> None:
+    model.policy.optimizer.param_groups[0]["eps"] = 1e-2
+
+
+def change_batch_size(model: LectureDQN) -> None:
+    model.batch_size = 20
+
+
+def change_learning_rate(model: LectureDQN) -> None:
+    model.lr_schedule = lambda _: 1e-2
+
+
+def change_parameters(model: LectureDQN) -> None:
+    model.set_parameters(model.get_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "n_captures"),
+    [
+        (change_gamma, 2),
+        (change_clipping, 2),
+        (change_betas, 2),
+        (change_epsilon, 2),
+        (change_batch_size, 2),
+        (change_learning_rate, 1),
+        (change_parameters, 2),
+    ],
+)
+def test_both_paths_agree_after_a_change_in_the_middle_of_a_run(
+    captures: Captures, change: Callable[[LectureDQN], None], n_captures: int
+) -> None:
+    plain, fast = (make_model("vector", fast, learning_rate=1e-3) for fast in (False, True))
+    batch = random_batch("vector", np.random.default_rng(0))
+    for model in (plain, fast):
+        model._sample_batch = partial(rows_of_batch, batch)  # type: ignore[method-assign]
+    for n in range(6):
+        for model in (plain, fast):
+            if n == 3:
+                change(model)
+            model.train(1, model.batch_size)
+    assert len(captures.recordings) == n_captures
+    assert largest_difference(plain, fast) < 1e-12
+
+
+class OnlyOn(TorchDispatchMode):
+    """Refuses operations with tensors on another device; those on ``meta`` cannot be read by the host at all."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.n_operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, outputs)) if isinstance(leaf, th.Tensor)}
+        assert devices <= {self.device_type}, f"{func} has tensors on {devices}"
+        self.n_operations += not func.is_view
+        return outputs
+
+
+NO_CONTENTS = th.device("meta")
+
+
+@pytest.mark.parametrize(("policy", "space"), OBSERVATIONS)
+def test_what_is_captured_asks_the_host_for_nothing_and_stays_on_its_device(
+    monkeypatch: pytest.MonkeyPatch, policy: str, space: Any
+) -> None:
+    captured: list[OnlyOn] = []
+
+    def capture(work: Callable[[], T], device: th.device) -> tuple[Callable[[], None], T]:
+        assert device == NO_CONTENTS
+        captured.append(OnlyOn("meta"))
+        with captured[-1]:
+            results = work()
+        return lambda: None, results
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(GraphUpdate, "device_type", "meta")
+    model = make_float32_model(policy, space, max_grad_norm=1.0)
+    samples = model._sample_batch(8)
+    model.policy.to(NO_CONTENTS)
+    model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
+    model.device = NO_CONTENTS
+    model._sample_batch = lambda _: moved(samples, NO_CONTENTS)  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "_record_training_metrics", lambda: None)
+    monkeypatch.setattr(th, "is_autocast_enabled", lambda _: False)  # which does not know this device
+    for _ in range(3):
+        model.train(1, 8)
+    assert len(captured) == 1
+    assert captured[0].n_operations > 20
+    assert isinstance(model._fast_update, GraphUpdate)
+
+
+def moved(value: Any, device: th.device) -> Any:
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(moved(part, device) for part in value))
+    return value.to(device) if isinstance(value, th.Tensor) else value
+
+
+def test_the_metrics_of_replays_are_those_of_the_plain_path(captures: Captures) -> None:
+    models = [make_model("vector", fast, max_grad_norm=0.5) for fast in (False, True)]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        batch = random_batch("vector", rng)
+        for model in models:
+            train_on(model, batch)
+    plain, fast = ({**model._training_metrics.pop()} for model in models)
+    assert captures.n_replays == 19
+    assert set(plain) == {"loss", "q_values", "td_target", "gradient_norm"}
+    assert fast == pytest.approx(plain, rel=1e-9)
+
+
+def test_where_cuda_cannot_capture_a_warning_says_so_once_and_the_steps_are_made(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "capture", fail)
+    plain, fast = (make_model("vector", fast) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        batch = random_batch("vector", rng)
+        train_on(plain, batch)
+        train_on(fast, batch)
+    (warning,) = recwarn
+    assert "cannot capture the gradient step, which is slower without: operation not permitted" in str(warning.message)
+    assert fast._n_updates == 10
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def test_a_model_trained_by_replays_goes_on_by_the_plain_path(captures: Captures, tmp_path: Path) -> None:
+    models = [make_model("vector", fast) for fast in (False, True)]
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        batch = random_batch("vector", rng)
+        for model in models:
+            train_on(model, batch)
+    plain, fast = models
+    assert captures.n_replays == 9
+    states = [model.policy.optimizer.state_dict()["state"] for model in models]
+    assert {float(state["step"]) for state in states[1].values()} == {10.0}
+    for index, state in states[0].items():
+        for name, value in state.items():
+            assert th.allclose(states[1][index][name], value, rtol=0, atol=1e-12)
+    fast.save(tmp_path / "model")
+    continued = make_model("vector", fast=False)
+    continued.set_parameters(str(tmp_path / "model"))
+    batch = random_batch("vector", rng)
+    for model in (plain, fast, continued):
+        train_on(model, batch)
+    assert largest_difference(plain, fast) < 1e-12
+    assert largest_difference(plain, continued) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        {"optimizer_kwargs": {"fused": True}},
+        {"optimizer_class": th.optim.SGD},
+        {"activation_fn": th.nn.Tanh},
+        {"features_extractor_class": NoisyEncoder},
+    ],
+)
+def test_the_plain_path_is_taken_for_what_a_graph_might_not_do(captures: Captures, policy_kwargs: dict[str, Any]) -> None:
+    model = trained_model(policy_kwargs=policy_kwargs)
+    assert model._n_updates == 4 * 13
+    assert model._fast_update is None
+
+
+def test_the_plain_path_is_taken_with_mixed_precision(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("vector", fast=True)
+    monkeypatch.setattr(th, "is_autocast_enabled", lambda device_type: device_type == model.device.type)
+    assert model._current_fast_update() is None
+    monkeypatch.setattr(th, "is_autocast_enabled", lambda _: False)
+    assert isinstance(model._current_fast_update(), GraphUpdate)
+
+
+def test_other_devices_than_cuda_take_the_plain_path() -> None:
+    model = trained_model()
+    assert GraphUpdate.for_policy(model.policy) is None
+
+
+def test_a_captured_step_is_at_most_50_operations(captures: Captures) -> None:
+    trained_model(max_grad_norm=10.0, policy_kwargs={})
+    operations = [func for func, *_ in captures.recordings[0].calls if not func.is_view]
+    assert len(operations) <= 50
+
+
+class FakeCuda:
+    """CUDA's contexts, as far as a capture enters them; PyTorch's context of a graph leaves its stream behind if it fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered: list[tuple[str, Any]] = []
+        self.current, self.streams = "default", 0
+        monkeypatch.setattr(th.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(th.cuda, "current_stream", lambda _: self.current)
+        monkeypatch.setattr(th.cuda, "Stream", self.make_stream)
+        monkeypatch.setattr(th.cuda, "device", lambda device: self.context("device", device))
+        monkeypatch.setattr(th.cuda, "stream", lambda stream: self.context("stream", stream))
+        monkeypatch.setattr(th.cuda, "graph", lambda _, stream: self.graph_context(stream))
+
+    def make_stream(self, device: th.device) -> str:
+        self.streams += 1
+        return f"stream {self.streams} of {device}"
+
+    @contextmanager
+    def context(self, kind: str, value: Any) -> Iterator[None]:
+        self.entered.append((kind, value))
+        before = self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph_context(self, stream: str) -> Iterator[None]:
+        self.entered.append(("graph", stream))
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+def test_a_capture_is_on_its_device_and_on_the_same_stream_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, device = FakeCuda(monkeypatch), th.device("cuda:1")
+    graph._capture_stream.cache_clear()
+    for _ in range(2):
+        cuda.entered.clear()
+        replay, results = graph.capture(lambda: cuda.current, device)
+        assert cuda.entered == [("device", device), ("stream", "default"), ("graph", "stream 1 of cuda:1")]
+        assert results == "stream 1 of cuda:1"
+        assert callable(replay)
+    graph._capture_stream.cache_clear()
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    cuda = FakeCuda(monkeypatch)
+    with pytest.raises(RuntimeError):
+        graph.capture(fail, th.device("cuda:0"))
+    assert cuda.current == "default"
+    graph._capture_stream.cache_clear()
+
+
+def test_the_order_of_a_dictionary_means_nothing(captures: Captures) -> None:
+    plain, fast = (make_model("dict", fast) for fast in (False, True))
+    rng = np.random.default_rng(0)
+    for n in range(6):
+        batch = random_batch("dict", rng)
+        if n % 2 == 1:
+            turned = [dict(reversed(observations.items())) for observations in (batch.observations, batch.next_observations)]  # type: ignore[attr-defined]
+            batch = batch._replace(observations=turned[0], next_observations=turned[1])  # type: ignore[arg-type]
+        train_on(plain, batch)
+        train_on(fast, batch)
+    assert len(captures.recordings) == 1
+    assert largest_difference(plain, fast) < 1e-12
