@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS
+from sb3_lecture_dqn.replay_buffer import UNIFORM_BUFFERS, arrays_of
 
 if TYPE_CHECKING:
     from sb3_lecture_dqn.lecture_dqn import LectureDQN
@@ -89,7 +89,7 @@ class DivergenceWatch:
             ("observations", "next_observations", _OBSERVATION_CAUSES),
             ("observations", "observations", _OBSERVATION_CAUSES),
         ):
-            first_bad = _first_row_not_finite(getattr(replay_buffer, array_name, None), rows, as_float32)
+            first_bad = _first_row_not_finite(arrays_of(replay_buffer, array_name), rows, as_float32)
             if first_bad is not None:
                 step = model.num_timesteps - (n_new - first_bad - 1) * replay_buffer.n_envs
                 raise DivergenceError(
@@ -167,4 +167,4 @@ def _largest_reward(model: "LectureDQN") -> float:
     replay_buffer = model.replay_buffer
     if replay_buffer is None or type(replay_buffer) not in UNIFORM_BUFFERS:
         return math.inf
-    return float(np.abs(replay_buffer.rewards[: replay_buffer.size()]).max(initial=0.0))
+    return float(np.abs(arrays_of(replay_buffer, "rewards")[: replay_buffer.size()]).max(initial=0.0))

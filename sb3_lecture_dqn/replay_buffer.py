@@ -10,11 +10,14 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_lecture_dqn.fast.device_copy import DeviceCopy, has_memory_of_its_own
+
 
 def _field(name: str) -> Any:
     """An attribute that is a view of the records, and stays one when something is assigned to it."""
 
     def get(replay_buffer: "ContiguousReplayBuffer") -> np.ndarray:
+        replay_buffer._device_copy.is_seen = True
         view: np.ndarray = replay_buffer.__dict__[name]
         return view
 
@@ -35,6 +38,28 @@ def _field(name: str) -> Any:
 FIELDS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
+def arrays_of(replay_buffer: ReplayBuffer, name: str) -> Any:
+    """
+    An array of a replay buffer, to look at it or to write into its newest row; not as a user's look, who may write anywhere.
+
+    :param replay_buffer: The buffer
+    :param name: One of ``FIELDS``
+    :return: The array, or arrays by their names, or ``None`` if it has no such field
+    """
+    is_ours = isinstance(replay_buffer, ContiguousReplayBuffer)
+    return vars(replay_buffer).get(name) if is_ours else getattr(replay_buffer, name, None)
+
+
+def note_old_rows_changed(replay_buffer: ReplayBuffer) -> None:
+    """
+    Tell a replay buffer that old rows were written into the arrays that :func:`arrays_of` gave.
+
+    :param replay_buffer: The buffer
+    """
+    if isinstance(replay_buffer, ContiguousReplayBuffer):
+        replay_buffer._device_copy.is_seen = True
+
+
 class ContiguousReplayBuffer(ReplayBuffer):
     """
     SB3's ``ReplayBuffer``, with the same arguments, arrays and draws, laid out for sampling.
@@ -42,6 +67,10 @@ class ContiguousReplayBuffer(ReplayBuffer):
     SB3 keeps observations, actions, rewards and so on in arrays of their own; a random transition then is five or six reads
     from distant places. Here they are fields of one record array, and ``observations``, ``actions``, … are views of it. They
     are read, indexed and written into as before; an array that is assigned to one of them is copied into it.
+
+    For a CUDA device the records are kept there too, where they take at most half of its free memory, and batches are drawn
+    there. What is written into the arrays from outside counts as before: while somebody has one of them at hand, and in the
+    draw after that, batches come from the host.
 
     The parameters are those of :class:`stable_baselines3.common.buffers.ReplayBuffer`.
 
@@ -56,10 +85,11 @@ class ContiguousReplayBuffer(ReplayBuffer):
     timeouts = _field("timeouts")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._device_copy = DeviceCopy()
         super().__init__(*args, **kwargs)
         if self.optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False for a ContiguousReplayBuffer, got True")
-        arrays = [(name, getattr(self, name)) for name in FIELDS]
+        arrays = [(name, vars(self)[name]) for name in FIELDS]
         record = np.dtype([(name, array.dtype, array.shape[2:]) for name, array in arrays], align=True)
         # SB3's arrays are all zeros still, so the system has not given them any memory yet
         self._records = np.zeros((self.buffer_size, self.n_envs), dtype=record)
@@ -68,9 +98,25 @@ class ContiguousReplayBuffer(ReplayBuffer):
     def _make_views(self) -> None:
         self.__dict__.update({name: self._records[name] for name in FIELDS})
 
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Store a transition of each environment.
+
+        :param args: As for SB3's ``ReplayBuffer``
+        :param kwargs: As for SB3's ``ReplayBuffer``
+        """
+        is_seen = self._device_copy.is_seen
+        super().add(*args, **kwargs)
+        self._device_copy.is_seen = is_seen  # SB3's own look at the arrays is not one from outside
+        self._device_copy.n_new_rows += 1
+
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         if self.n_envs > 1:
             batch_inds = batch_inds * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(batch_inds))
+        if env is None and has_memory_of_its_own(self.device):  # VecNormalize works on the host
+            batch_there = self._device_copy.rows(self, batch_inds)
+            if batch_there is not None:
+                return self._samples_there(batch_there)
         batch = self._records.reshape(-1).take(batch_inds)
         dones = batch["dones"]
         if self.handle_timeout_termination:
@@ -83,17 +129,30 @@ class ContiguousReplayBuffer(ReplayBuffer):
             rewards=self._to_device(self._normalize_reward(batch["rewards"][:, None], env)),
         )
 
+    def _samples_there(self, batch: dict[str, th.Tensor]) -> ReplayBufferSamples:
+        dones = batch["dones"]
+        if self.handle_timeout_termination:
+            dones = dones * (1 - batch["timeouts"])
+        return ReplayBufferSamples(
+            observations=batch["observations"],
+            actions=batch["actions"],
+            next_observations=batch["next_observations"],
+            dones=dones[:, None],
+            rewards=batch["rewards"][:, None],
+        )
+
     def _to_device(self, array: Any) -> th.Tensor:
         tensor = th.from_numpy(array)  # the batch is a copy already
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the views, which a pickle would turn into copies."""
-        return {name: value for name, value in self.__dict__.items() if name not in FIELDS}
+        """Without the views, which a pickle would turn into copies, and what is on the device."""
+        return {name: value for name, value in self.__dict__.items() if name not in (*FIELDS, "_device_copy")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_views()
+        self._device_copy = DeviceCopy()
 
 
 def _in_one_piece(observations: Any) -> Any:
@@ -133,11 +192,11 @@ def repeat_last_transitions(replay_buffer: ReplayBuffer, env_indices: list[int])
     :param env_indices: The environments whose episodes ended in the row before
     """
     newest, before = ((replay_buffer.pos - n) % replay_buffer.buffer_size for n in (1, 2))
-    ended = [i for i in env_indices if replay_buffer.dones[before, i]]  # not if that row is another run's
+    ended = [i for i in env_indices if arrays_of(replay_buffer, "dones")[before, i]]  # not if that row is another run's
     if replay_buffer.optimize_memory_usage or not ended:
         return
     for name in FIELDS:
-        arrays = getattr(replay_buffer, name)
+        arrays = arrays_of(replay_buffer, name)
         for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
             array[newest, ended] = array[before, ended]
 

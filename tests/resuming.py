@@ -50,9 +50,13 @@ class InterruptAt(BaseCallback):
 Build = Callable[[], LectureDQN]
 
 
+#: Attributes of a replay buffer that another run may have otherwise.
+LEFT_OUT = ("env", "device", "_device_copy")
+
+
 def fingerprint(model: LectureDQN) -> dict[str, bytes]:
     """Everything of a model that has to be the same, bit for bit."""
-    buffer = {name: value for name, value in vars(model.replay_buffer).items() if name not in ("env", "device")}
+    buffer = {name: value for name, value in vars(model.replay_buffer).items() if name not in LEFT_OUT}
     parts: dict[str, Any] = {
         "parameters": [tensor.numpy() for tensor in model.policy.state_dict().values()],
         "optimizer": kills._plain(model.policy.optimizer.state_dict()["state"]),

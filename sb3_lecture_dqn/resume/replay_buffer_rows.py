@@ -14,6 +14,7 @@ import numpy as np
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer, arrays_of, note_old_rows_changed
 from sb3_lecture_dqn.resume.checkpoint_files import Checkpoint, FileRecord, write_shared_file
 
 #: Arrays of which adding a transition writes the row at ``pos``, and nothing else.
@@ -38,8 +39,9 @@ SETTINGS = (
     "n_sampled_goal",
     "her_ratio",
     "_records",  # the memory that a ContiguousReplayBuffer's arrays are views of
+    "_device_copy",
 )
-_KNOWN_ADDS = (ReplayBuffer.add, DictReplayBuffer.add, HerReplayBuffer.add)
+_KNOWN_ADDS = (ReplayBuffer.add, DictReplayBuffer.add, HerReplayBuffer.add, ContiguousReplayBuffer.add)
 
 
 class RowFile(NamedTuple):
@@ -146,12 +148,13 @@ class ReplayBufferFiles:
             arrays[name][state["others"]["pos"]] = row
         for name, value in state["others"].items():
             setattr(replay_buffer, name, value)
+        note_old_rows_changed(replay_buffer)
 
 
 def _row_arrays(replay_buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name in ROW_ARRAYS:
-        value = getattr(replay_buffer, name, None)
+        value = arrays_of(replay_buffer, name)
         if isinstance(value, dict):
             arrays.update({f"{name}.{key}": array for key, array in value.items()})
         elif value is not None and (name != "infos" or getattr(replay_buffer, "copy_info_dict", False)):

@@ -1,0 +1,135 @@
+"""A copy of the replay buffer's arrays on a GPU, so that drawing a batch moves nothing but its indices there."""
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch as th
+
+if TYPE_CHECKING:
+    from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
+
+#: Types that PyTorch can take rows of on every device.
+COPYABLE_TYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+
+
+def has_memory_of_its_own(device: th.device) -> bool:
+    """
+    Whether what the host holds has to be copied to a device.
+
+    :param device: The device
+    :return: Whether it is a CUDA device; others take each batch from the host
+    """
+    return device.type == "cuda"
+
+
+def free_memory(device: th.device) -> int:
+    """
+    The memory that nobody uses.
+
+    :param device: A CUDA device
+    :return: Bytes
+    """
+    return th.cuda.mem_get_info(device)[0]
+
+
+class DeviceCopy:
+    """
+    What a device has of a ``ContiguousReplayBuffer``, whose arrays are views of its records.
+
+    They are the user's too, who may write into them at any time. Whether somebody else has one of them is known from the
+    number of references: a view of an array, or a tensor on its memory, is one.
+    """
+
+    #: Share of the device's free memory that the copy may take; networks and their activations need the rest.
+    largest_share: ClassVar[float] = 0.5
+    #: Bytes that are copied at once, for which the host needs room twice.
+    bytes_at_once: ClassVar[int] = 2**26
+
+    def __init__(self) -> None:
+        #: Whether somebody has had an array since the last draw, and may have written into it.
+        self.is_seen = False
+        #: How many of the newest rows the copy lacks; infinite for all.
+        self.n_new_rows = math.inf
+        self._device: th.device | None = None
+        self._arrays: dict[str, th.Tensor] = {}
+        self._own_references = 0
+
+    def rows(self, replay_buffer: "ContiguousReplayBuffer", indices: np.ndarray) -> dict[str, th.Tensor] | None:
+        """
+        Some of the rows, from the copy, which takes over what is new before that.
+
+        :param replay_buffer: The buffer
+        :param indices: Which rows of its records, one for each environment, shape (B,)
+        :return: For each field a tensor, shape (B, ...); ``None`` where somebody may have written into the arrays since, or
+            the device has no room
+        """
+        if self._device != replay_buffer.device:
+            self._begin(replay_buffer)
+        if not self._arrays:
+            return None
+        if self.is_seen or _references(vars(replay_buffer)) > self._own_references:
+            self.is_seen, self.n_new_rows = False, math.inf
+            return None
+        self._follow(replay_buffer)
+        indices_there = th.from_numpy(indices).to(self._device, non_blocking=True)
+        return {name: array.index_select(0, indices_there) for name, array in self._arrays.items()}
+
+    def _begin(self, replay_buffer: "ContiguousReplayBuffer") -> None:
+        records = replay_buffer._records.reshape(-1)
+        self._device, self.n_new_rows = replay_buffer.device, math.inf
+        self._arrays = _allocate(records, self._device, self.largest_share)
+        self._own_references = _references(_alike(records.dtype))
+
+    def _follow(self, replay_buffer: "ContiguousReplayBuffer") -> None:
+        end, size = replay_buffer.pos, replay_buffer.buffer_size
+        start = end - int(min(self.n_new_rows, replay_buffer.size()))
+        self._write(replay_buffer, max(start, 0), end)
+        if start < 0:  # they begin at the end of the ring
+            self._write(replay_buffer, start + size, size)
+        self.n_new_rows = 0
+
+    def _write(self, replay_buffer: "ContiguousReplayBuffer", start: int, end: int) -> None:
+        """Take over the rows from ``start`` to before ``end``, of all environments."""
+        records, n_envs = replay_buffer._records.reshape(-1), replay_buffer.n_envs
+        n_at_once = max(self.bytes_at_once // records.itemsize, 1)
+        for first in range(start * n_envs, end * n_envs, n_at_once):
+            rows = slice(first, min(first + n_at_once, end * n_envs))
+            for name, array in self._arrays.items():
+                # CUDA has read what is not in pinned memory when this returns
+                array[rows].copy_(th.from_numpy(np.ascontiguousarray(records[name][rows])), non_blocking=True)
+
+
+def _references(attributes: Mapping[str, Any]) -> int:
+    """The number of references to the record array that is an attribute, and to its views that are others."""
+    owner = _owner(attributes["_records"])
+    return sys.getrefcount(owner) + sum(sys.getrefcount(attributes[name]) for name in attributes["_records"].dtype.names)
+
+
+def _alike(record: np.dtype[Any]) -> dict[str, np.ndarray]:
+    """Such arrays, which nobody else has."""
+    records = np.zeros(1, record)
+    return {"_records": records, **{name: records[name] for name in record.names or ()}}
+
+
+def _owner(records: np.ndarray) -> np.ndarray:
+    """The array that numpy makes the base of views; a pickle's is a view already."""
+    return records.base if isinstance(records.base, np.ndarray) else records
+
+
+def _allocate(records: np.ndarray, device: th.device, largest_share: float) -> dict[str, th.Tensor]:
+    """An array of zeros for each field; nothing where the device has no room, or PyTorch lacks a field's type."""
+    arrays = {name: records[name] for name in records.dtype.names or ()}
+    is_copyable = all(array.dtype.name in COPYABLE_TYPES for array in arrays.values())
+    if not is_copyable or records.nbytes > largest_share * free_memory(device):
+        return {}
+    try:
+        return {name: th.zeros(array.shape, dtype=_torch_type(array.dtype), device=device) for name, array in arrays.items()}
+    except th.OutOfMemoryError:  # what is free may be in pieces, or not for this process
+        return {}
+
+
+def _torch_type(dtype: np.dtype[Any]) -> th.dtype:
+    return th.from_numpy(np.zeros(0, dtype)).dtype
