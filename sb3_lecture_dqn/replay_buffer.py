@@ -143,7 +143,10 @@ class ContiguousReplayBuffer(ReplayBuffer):
 
     def _to_device(self, array: Any) -> th.Tensor:
         tensor = th.from_numpy(array)  # the batch is a copy already
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        if self.device.type == "cpu":
+            return tensor
+        # CUDA has read what is not in pinned memory when this returns; other devices may not have
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies, and what is on the device."""
