@@ -47,7 +47,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
-from sb3_lecture_dqn.fast.graph import GraphUpdate
+from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
@@ -504,7 +504,8 @@ class LectureDQN(OffPolicyAlgorithm):
         :return: How much was collected
         """
         if self._fast_acting is None or not self._fast_acting.is_current(self.policy):
-            self._fast_acting = FastActing.for_policy(self.policy)
+            kind = FastActing if self.device.type == "cpu" else GraphActing
+            self._fast_acting = kind.for_policy(self.policy)
         self._is_collecting = True
         try:
             return super().collect_rollouts(*args, **kwargs)

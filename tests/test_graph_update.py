@@ -38,7 +38,8 @@ from torch.utils._pytree import tree_leaves
 
 from sb3_lecture_dqn import LectureDQN, lecture_dqn
 from sb3_lecture_dqn.fast import graph, update
-from sb3_lecture_dqn.fast.graph import GraphUpdate
+from sb3_lecture_dqn.fast.acting import to_tensors
+from sb3_lecture_dqn.fast.graph import Capturer, GraphActing, GraphUpdate
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, list[th.Tensor]]] = []
         self.overwritten: dict[int, tuple[th.UntypedStorage, th.UntypedStorage]] = {}
+        self.n_replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,6 +75,7 @@ class Recording(TorchDispatchMode):
 
     @th.inference_mode()
     def replay(self) -> None:
+        self.n_replays += 1
         for func, args, kwargs, outputs in self.calls:
             results = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, th.Tensor)]
             for output, result in zip(outputs, results, strict=True):
@@ -89,19 +92,22 @@ class Captures:
 
     def __init__(self) -> None:
         self.recordings: list[Recording] = []
-        self.n_replays = 0
+
+    @property
+    def n_replays(self) -> int:
+        return sum(recording.n_replays for recording in self.recordings)
+
+    @property
+    def of_updates(self) -> list[Recording]:
+        """Those of gradient steps, and not of acting."""
+        return [recording for recording in self.recordings if any("adam" in func.__name__ for func, *_ in recording.calls)]
 
     def capture(self, work: Callable[[], T], _: th.device) -> tuple[Callable[[], None], T]:
         with Recording() as recording:
             results = work()
         recording.put_back()
         self.recordings.append(recording)
-
-        def replay() -> None:
-            self.n_replays += 1
-            recording.replay()
-
-        return replay, results
+        return recording.replay, results
 
 
 @pytest.fixture
@@ -113,8 +119,10 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     monkeypatch.setattr(graph, "MODELESS_MODULES", known)
     monkeypatch.setattr(graph, "capture", captures.capture)
     monkeypatch.setattr(GraphUpdate, "device_type", "cpu")
-    monkeypatch.setattr(GraphUpdate, "can_capture", True)
+    monkeypatch.setattr(Capturer, "can_capture", True)
+    monkeypatch.setattr(GraphActing, "device_type", "cpu")
     monkeypatch.setattr(lecture_dqn, "FastUpdate", GraphUpdate)
+    monkeypatch.setattr(lecture_dqn, "FastActing", GraphActing)
     return captures
 
 
@@ -204,7 +212,7 @@ def test_several_steps_of_a_training_call_are_replays_of_one_capture(captures: C
     model = trained_model()
     assert model._n_updates == 4 * 13
     # the first call is made operation by operation
-    assert (len(captures.recordings), captures.n_replays) == (1, 4 * 12)
+    assert [recording.n_replays for recording in captures.of_updates] == [4 * 12]
 
 
 def rows_of_batch(batch: ReplayBufferSamples, n: int) -> ReplayBufferSamples:
@@ -353,7 +361,7 @@ def test_where_cuda_cannot_capture_a_warning_says_so_once_and_the_steps_are_made
         train_on(plain, batch)
         train_on(fast, batch)
     (warning,) = recwarn
-    assert "cannot capture the gradient step, which is slower without: operation not permitted" in str(warning.message)
+    assert "cannot capture this, which is slower without: operation not permitted" in str(warning.message)
     assert fast._n_updates == 10
     assert largest_difference(plain, fast) < 1e-12
 
@@ -412,7 +420,7 @@ def test_other_devices_than_cuda_take_the_plain_path() -> None:
 
 def test_a_captured_step_is_at_most_50_operations(captures: Captures) -> None:
     trained_model(max_grad_norm=10.0, policy_kwargs={})
-    operations = [func for func, *_ in captures.recordings[0].calls if not func.is_view]
+    operations = [func for func, *_ in captures.of_updates[0].calls if not func.is_view]
     assert len(operations) <= 50
 
 
@@ -485,3 +493,101 @@ def test_the_order_of_a_dictionary_means_nothing(captures: Captures) -> None:
         train_on(fast, batch)
     assert len(captures.recordings) == 1
     assert largest_difference(plain, fast) < 1e-12
+
+
+def make_acting_model(policy: str, space: spaces.Space[Any]) -> LectureDQN:
+    model = make_float32_model(policy, space)
+    model.q_net.q_net[-1].weight.data.normal_(std=1.0)  # so that actions differ
+    return model
+
+
+def observations_of(space: spaces.Space[Any], n_envs: int) -> Any:
+    samples = [space.sample() for _ in range(n_envs)]
+    if isinstance(space, spaces.Dict):
+        return {key: np.stack([sample[key] for sample in samples]) for key in space}
+    return np.stack(samples)
+
+
+@pytest.mark.parametrize(("policy", "space"), OBSERVATIONS)
+def test_replayed_acting_is_the_policys(captures: Captures, policy: str, space: spaces.Space[Any]) -> None:
+    model = make_acting_model(policy, space)
+    acting = GraphActing.for_policy(model.policy)
+    assert acting is not None
+    actions = []
+    for n_envs, n_calls in ((1, 20), (4, 10), (1, 10)):
+        for _ in range(n_calls):
+            observations = observations_of(space, n_envs)
+            assert acting.accepts(observations)
+            actions.append(acting.greedy_actions(observations))
+            np.testing.assert_array_equal(actions[-1], model.policy.predict(observations, deterministic=True)[0])
+    assert (len(captures.recordings), captures.n_replays) == (3, 19 + 9 + 9)
+    assert len(set(np.concatenate(actions))) > 1
+
+
+def test_replayed_acting_follows_the_parameters(captures: Captures) -> None:
+    space = OBSERVATIONS[0][1]
+    model = make_acting_model("MlpPolicy", space)
+    acting = GraphActing.for_policy(model.policy)
+    assert acting is not None
+    observation = observations_of(space, 1)
+    for action in (0, 2, 1, 0):
+        with th.no_grad():
+            model.q_net.q_net[-1].bias.zero_()[action] = 1e4
+        assert acting.is_current(model.policy)
+        assert acting.greedy_actions(observation) == [action]
+    assert captures.n_replays == 3
+
+
+def test_a_run_acts_and_trains_by_replays_as_it_would_by_the_plain_path(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> LectureDQN:
+        # one gradient step at a time, so that both draw the same batches
+        settings: dict[str, Any] = {"train_freq": 1, "gradient_steps": 1, "batch_size": 16, "exploration_fraction": 0.1}
+        env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+        return LectureDQN("MlpPolicy", env, buffer_size=300, learning_starts=50, seed=0, **settings).learn(300)
+
+    fast = run()
+    n_replays = captures.n_replays
+    assert isinstance(fast._fast_acting, GraphActing)
+    monkeypatch.setattr(GraphActing, "for_policy", classmethod(lambda cls, policy: None))
+    monkeypatch.setattr(LectureDQN, "_current_fast_update", lambda _: None)
+    plain = run()
+    assert captures.n_replays == n_replays > 100
+    assert fast.replay_buffer is not None
+    assert plain.replay_buffer is not None
+    np.testing.assert_array_equal(fast.replay_buffer.actions, plain.replay_buffer.actions)
+    assert largest_difference(plain, fast) < 1e-3
+
+
+@pytest.mark.parametrize(("policy", "space"), OBSERVATIONS)
+def test_what_is_captured_of_acting_asks_the_host_for_nothing(policy: str, space: spaces.Space[Any]) -> None:
+    model = make_float32_model(policy, space)
+    model.policy.to(NO_CONTENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GraphActing, "device_type", "meta")
+        acting = GraphActing.for_policy(model.policy)
+    assert isinstance(acting, GraphActing)
+    observations = acting._moved(to_tensors(observations_of(space, 4)))
+    with th.no_grad(), OnlyOn("meta") as operations:
+        assert acting._actions(observations).shape == (4,)
+    assert operations.n_operations > 5
+
+
+def test_acting_goes_on_where_cuda_cannot_capture(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(graph, "capture", fail)
+    model = trained_model()
+    assert model._n_updates == 4 * 13
+    assert [str(warning.message) for warning in recwarn if "capture" in str(warning.message)] == [
+        "CUDA cannot capture this, which is slower without: no"
+    ]
+
+
+def test_an_encoder_of_a_users_own_acts_by_itself(captures: Captures) -> None:
+    model = trained_model(policy_kwargs={"features_extractor_class": NoisyEncoder})
+    assert model._fast_acting is None

@@ -2,5 +2,5 @@
 The same algorithm, faster.
 
 ``lecture_dqn.py`` enters here in two places: ``_fast_gradient_steps`` for the update, ``_greedy_actions`` for the acting. On a
-CUDA device the update is ``graph.py``'s, and ``replay_buffer.py`` keeps what ``device_copy.py`` has there.
+CUDA device both are in ``graph.py``, and ``replay_buffer.py`` keeps what ``device_copy.py`` has there.
 """

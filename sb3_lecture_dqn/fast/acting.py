@@ -6,7 +6,7 @@ current θ; for several, by PyTorch without modules. An encoder in front of it i
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -47,6 +47,9 @@ class FastActing:
     :param head: The layers of its Q network
     """
 
+    #: Where the parameters have to be.
+    device_type: ClassVar[str] = "cpu"
+
     def __init__(self, policy: LectureDQNPolicy, head: Head) -> None:
         self.policy, self.head = policy, head
         self.only_flattens = _only_flattens_float32(policy.q_net)
@@ -55,8 +58,11 @@ class FastActing:
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.hooks, self.composition = hooks_of(policy.q_net), Composition(policy)
-        self.hidden_layers = [_numpy_layer(layer) for layer in head.hidden_layers]
-        self.final_weight, self.final_bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
+        self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> "FastActing | None":
@@ -64,15 +70,15 @@ class FastActing:
         Fast acting for a policy.
 
         :param policy: The policy
-        :return: Its fast acting; ``None`` for other layers, a forward pass of a user's own, other parameters than float32, a
-            GPU, or a policy that was compiled
+        :return: Its fast acting; ``None`` for other layers, a forward pass of a user's own, other parameters than float32,
+            another device, or a policy that was compiled
         """
         head = read_head(policy.q_net) if isinstance(policy, LectureDQNPolicy) else None
         if head is None or replaces_methods(policy) or not _acts_as_the_lecture_does(policy):
             return None
-        is_on_cpu = all(p.dtype == th.float32 and p.device.type == "cpu" for p in policy.q_net.parameters())
+        is_there = all(p.dtype == th.float32 and p.device.type == cls.device_type for p in policy.q_net.parameters())
         is_increasing = all(layer.negative_slope <= 1 for layer in head.hidden_layers)
-        return cls(policy, head) if is_on_cpu and is_increasing else None
+        return cls(policy, head) if is_there and is_increasing else None
 
     def is_current(self, policy: LectureDQNPolicy) -> bool:
         """
@@ -121,7 +127,7 @@ class FastActing:
         first = next(iter(observations.values())) if isinstance(observations, dict) else observations
         # an encoder with parameters may use each of them many times
         with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
-            features = self.policy.q_net.extract_features(_to_tensors(observations), self.policy.q_net.features_extractor)
+            features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
             if len(features) == 1:
                 return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
             actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
@@ -160,8 +166,13 @@ def _are_of(space: spaces.Space[Any], observations: Any) -> bool:
     return is_same
 
 
-def _to_tensors(observations: np.ndarray | dict[str, np.ndarray]) -> PyTorchObs:
-    """Copies, because these observations are still to be stored in D, and an encoder may overwrite what it gets."""
+def to_tensors(observations: np.ndarray | dict[str, np.ndarray]) -> PyTorchObs:
+    """
+    Observations as tensors: copies, because they are still to be stored in D, and an encoder may overwrite what it gets.
+
+    :param observations: An array, or arrays by their names
+    :return: Tensors on the CPU
+    """
     if isinstance(observations, dict):
         return {key: th.from_numpy(np.array(values)) for key, values in observations.items()}
     return th.from_numpy(np.array(observations))

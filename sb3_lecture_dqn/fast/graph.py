@@ -1,7 +1,7 @@
 """
-The update on a GPU: a gradient step is captured once as a CUDA graph, and replayed.
+The update and the acting on a GPU: what they do is captured once as a CUDA graph, and replayed.
 
-On a GPU a step of this size is launching some forty operations, each of which takes the host longer than the GPU. A graph is
+On a GPU a step of this size is launching some fifty operations, each of which takes the host longer than the GPU. A graph is
 launched as a whole. It computes on the same memory each time, so each batch is copied to where the graph looks for it, and
 what changes between two steps without being part of a batch (the learning rate, the number of steps) is on the device too.
 What is captured is the step of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`, for one batch.
@@ -9,21 +9,25 @@ What is captured is the step of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`
 
 import warnings
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch as th
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 
+from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
-from sb3_lecture_dqn.fast.head import gradient_of
+from sb3_lecture_dqn.fast.head import forward, gradient_of
 from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, StepResults, TargetsOf
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
-T = TypeVar("T")
+Inputs = TypeVar("Inputs")
+Results = TypeVar("Results")
 
 
-def capture(work: Callable[[], T], device: th.device) -> tuple[Callable[[], None], T]:
+def capture(work: Callable[[], Results], device: th.device) -> tuple[Callable[[], None], Results]:
     """
     Record what some work does on a CUDA device, without doing it.
 
@@ -45,12 +49,82 @@ def _capture_stream(device: th.device) -> th.cuda.Stream:
     return stream
 
 
-class CapturedStep(NamedTuple):
-    """A gradient step that can be replayed: where it looks for its batch, and where it leaves its results."""
+@dataclass(frozen=True)
+class Captured(Generic[Results]):
+    """Work that can be replayed: where it looks for its inputs, and where it leaves its results."""
 
     inputs: list[th.Tensor]
     replay: Callable[[], None]
-    results: StepResults
+    results: Results
+
+
+class Capturer(Generic[Results]):
+    """
+    Captures work when it comes for the second time in a row; the first time is done operation by operation, as CUDA needs it.
+
+    :param device: The device
+    """
+
+    #: Whether CUDA has captured whatever it was asked to; a capture that fails may leave the process unable to.
+    can_capture: ClassVar[bool] = True
+
+    def __init__(self, device: th.device) -> None:
+        self.device = device
+        self._kind: Hashable = None
+        self._captured: Captured[Results] | None = None
+
+    def captured(
+        self, kind: Hashable, make_inputs: Callable[[], Inputs], work: Callable[[Inputs], Results]
+    ) -> Captured[Results] | None:
+        """
+        The captured work.
+
+        :param kind: All that it depends on beside the contents of its inputs
+        :param make_inputs: Makes inputs of this kind, tensors that stay
+        :param work: The work
+        :return: What can be replayed; ``None`` if it has to be done operation by operation this time
+        """
+        if kind != self._kind:
+            self._kind, self._captured = kind, None
+            return None
+        if self._captured is None and self.can_capture:
+            inputs = make_inputs()
+            try:
+                replay, results = capture(lambda: work(inputs), self.device)
+            except RuntimeError as error:  # nothing was computed, so it can be done as before
+                Capturer.can_capture = False
+                reason = error.__context__ or error  # the first of them
+                warnings.warn(f"CUDA cannot capture this, which is slower without: {reason}", stacklevel=2)
+                return None
+            self._captured = Captured(list(named_tensors(inputs).values()), replay, results)
+        return self._captured
+
+
+def named_tensors(value: Any, name: str = "") -> dict[str, th.Tensor]:
+    """
+    The tensors of a batch or of observations, in an order that does not depend on a dictionary's.
+
+    :param value: A batch, a dictionary, a tensor or ``None``
+    :param name: What comes before each name
+    :return: The tensors by their names
+    """
+    if isinstance(value, th.Tensor):
+        return {name: value}
+    fields = value._asdict() if isinstance(value, ReplayBufferSamples) else value or {}
+    named: dict[str, th.Tensor] = {}
+    for key in sorted(fields):
+        named.update(named_tensors(fields[key], f"{name}.{key}"))
+    return named
+
+
+def has_known_encoder(policy: LectureDQNPolicy) -> bool:
+    """
+    Whether an encoder is one of SB3's; another one may ask the host for something.
+
+    :param policy: The policy
+    :return: Whether all of its encoder's modules are known
+    """
+    return all(type(module) in MODELESS_MODULES for module in policy.q_net.features_extractor.modules())
 
 
 class GraphUpdate(FastUpdate):
@@ -62,15 +136,12 @@ class GraphUpdate(FastUpdate):
     """
 
     device_type: ClassVar[str] = "cuda"
-    #: Whether CUDA has captured whatever it was asked to; a capture that fails may leave the process unable to.
-    can_capture: ClassVar[bool] = True
 
     adam: DeviceAdam
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
-        self._kind: Hashable = None
-        self._captured: CapturedStep | None = None
+        self._capturer: Capturer[StepResults] = Capturer(self.theta.device)
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> FastUpdate | None:
@@ -83,8 +154,7 @@ class GraphUpdate(FastUpdate):
         """
         group = policy.optimizer.param_groups[0]
         has_counts_on_device = bool(group.get("fused") or group.get("capturable"))
-        is_known = all(type(module) in MODELESS_MODULES for module in policy.q_net.features_extractor.modules())
-        return super().for_policy(policy) if is_known and not has_counts_on_device else None
+        return super().for_policy(policy) if has_known_encoder(policy) and not has_counts_on_device else None
 
     def _make_adam(self, optimizer: th.optim.Adam) -> DeviceAdam:
         return DeviceAdam(optimizer, self.theta, self.gradient)
@@ -108,35 +178,18 @@ class GraphUpdate(FastUpdate):
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What :func:`~sb3_lecture_dqn.fast.update.metrics_of_results` needs
         """
-        n_updates = len(samples.actions) // batch_size
         samples = _fields_of_a_batch(samples)
-        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in _named_tensors_of(samples))
+        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(samples).items())
         kind = (targets_of, batch_size, max_grad_norm, self.adam.constants, formats)
-        self.adam.begin()
-        if kind == self._kind and self._captured is None and self.can_capture:
-            self._captured = self._capture(samples, targets_of, batch_size, max_grad_norm)
-        if kind == self._kind and self._captured is not None:
-            results = _replay(self._captured, samples, batch_size)
-        else:
-            self._kind, self._captured = kind, None
-            results = super().steps(samples, targets_of, batch_size, max_grad_norm)
-        self.adam.end(n_updates)
-        return results
 
-    def _capture(
-        self, samples: ReplayBufferSamples, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
-    ) -> CapturedStep | None:
-        inputs = ReplayBufferSamples(*(_copy_of_rows(field, slice(batch_size)) for field in samples))
-        try:
-            replay, results = capture(
-                lambda: super(GraphUpdate, self).steps(inputs, targets_of, batch_size, max_grad_norm), self.theta.device
-            )
-        except RuntimeError as error:  # nothing was computed, so the steps can be made as before
-            GraphUpdate.can_capture = False
-            reason = error.__context__ or error  # the first of them
-            warnings.warn(f"CUDA cannot capture the gradient step, which is slower without: {reason}", stacklevel=2)
-            return None
-        return CapturedStep(_tensors_of(inputs), replay, results)
+        def steps(inputs: ReplayBufferSamples) -> StepResults:
+            return super(GraphUpdate, self).steps(inputs, targets_of, batch_size, max_grad_norm)
+
+        self.adam.begin()
+        captured = self._capturer.captured(kind, lambda: _copy_of_rows(samples, batch_size), steps)
+        results = steps(samples) if captured is None else _replay(captured, samples, batch_size)
+        self.adam.end(len(samples.actions) // batch_size)
+        return results
 
     def _clip(self, squared_norm: th.Tensor, max_grad_norm: float) -> None:
         # as PyTorch's clip_grad_norm_ does it, without asking for the norm
@@ -149,9 +202,9 @@ class GraphUpdate(FastUpdate):
         th._foreach_copy_([gradient_of(parameter) for parameter in parameters], gradients)
 
 
-def _replay(step: CapturedStep, samples: ReplayBufferSamples, batch_size: int) -> StepResults:
+def _replay(step: Captured[StepResults], samples: ReplayBufferSamples, batch_size: int) -> StepResults:
     """The step for each batch; its results are copied, because the next one overwrites them."""
-    batches = zip(*(th.split(tensor, batch_size) for tensor in _tensors_of(samples)), strict=True)
+    batches = zip(*(th.split(tensor, batch_size) for tensor in named_tensors(samples).values()), strict=True)
     results = []
     for batch in batches:
         th._foreach_copy_(step.inputs, batch)
@@ -165,20 +218,56 @@ def _fields_of_a_batch(samples: Any) -> ReplayBufferSamples:
     return ReplayBufferSamples(*(getattr(samples, name) for name in ReplayBufferSamples._fields))
 
 
-def _named_tensors_of(samples: ReplayBufferSamples) -> list[tuple[str, th.Tensor]]:
-    """In an order that does not depend on a dictionary's."""
-    named: list[tuple[str, th.Tensor]] = []
-    for name, field in samples._asdict().items():
-        parts = sorted(field.items()) if isinstance(field, dict) else [("", field)]
-        named += [(f"{name}.{key}", part) for key, part in parts if part is not None]
-    return named
+def _copy_of_rows(samples: ReplayBufferSamples, n_rows: int) -> ReplayBufferSamples:
+    def copy(field: Any) -> Any:
+        if isinstance(field, dict):
+            return {key: copy(part) for key, part in field.items()}
+        return None if field is None else field[:n_rows].clone()
+
+    return ReplayBufferSamples(*map(copy, samples))
 
 
-def _tensors_of(samples: ReplayBufferSamples) -> list[th.Tensor]:
-    return [tensor for _, tensor in _named_tensors_of(samples)]
+class GraphActing(FastActing):
+    """The greedy policy of a Q network on a CUDA device, encoder and all."""
 
+    device_type: ClassVar[str] = "cuda"
 
-def _copy_of_rows(field: Any, rows: slice) -> Any:
-    if isinstance(field, dict):
-        return {key: _copy_of_rows(part, rows) for key, part in field.items()}
-    return None if field is None else field[rows].clone()
+    @classmethod
+    def for_policy(cls, policy: LectureDQNPolicy) -> FastActing | None:
+        """
+        Fast acting for a policy.
+
+        :param policy: The policy
+        :return: Its fast acting; ``None`` also for an encoder that we do not know, which may ask the host for something
+        """
+        return super().for_policy(policy) if has_known_encoder(policy) else None
+
+    def _prepare(self) -> None:
+        self._capturer: Capturer[th.Tensor] = Capturer(self.parameters[0].device)
+
+    @th.no_grad()
+    def greedy_actions(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        π(s) = argmax_a Q(s, a, θ) (L9).
+
+        :param observations: s, shape (n_envs, ...), or such arrays by their names
+        :return: Actions, shape (n_envs,)
+        """
+        tensors = to_tensors(observations)
+        kind = tuple((name, tensor.shape) for name, tensor in named_tensors(tensors).items())
+        captured = self._capturer.captured(kind, lambda: self._moved(tensors), self._actions)
+        if captured is None:
+            return self._actions(self._moved(tensors)).cpu().numpy()
+        for place, tensor in zip(captured.inputs, named_tensors(tensors).values(), strict=True):
+            place.copy_(tensor, non_blocking=True)
+        captured.replay()
+        return captured.results.cpu().numpy()
+
+    def _moved(self, tensors: PyTorchObs) -> PyTorchObs:
+        if isinstance(tensors, dict):
+            return {key: tensor.to(self._capturer.device) for key, tensor in tensors.items()}
+        return tensors.to(self._capturer.device)
+
+    def _actions(self, tensors: PyTorchObs) -> th.Tensor:
+        features = self.policy.q_net.extract_features(tensors, self.policy.q_net.features_extractor)
+        return forward(self.head, features).argmax(dim=1)
