@@ -47,13 +47,14 @@ class RunningMeans:
         for metrics_of, additions in groupby(self._not_summed, itemgetter(0)):
             values = th.stack(list(metrics_of([kept for _, kept in additions])))
             sums = values.sum(dim=1)
-            self._sums = sums if self._sums is None else self._sums.add_(sums)
+            self._sums = sums if self._sums is None else sums + self._sums.to(sums.device)
             self._count += values.shape[1]
         self._not_summed = []
 
     def __getstate__(self) -> dict[str, Any]:
         self._sum()
-        return {name: value for name, value in self.__dict__.items() if name != "_not_summed"}
+        sums = None if self._sums is None else self._sums.cpu()  # it may go on on another device
+        return {**{name: value for name, value in self.__dict__.items() if name != "_not_summed"}, "_sums": sums}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _not_summed=[])

@@ -69,8 +69,8 @@ class ContiguousReplayBuffer(ReplayBuffer):
     are read, indexed and written into as before; an array that is assigned to one of them is copied into it.
 
     For a CUDA device the records are kept there too, where they take at most half of its free memory, and batches are drawn
-    there. What is written into the arrays from outside counts as before: while somebody has one of them at hand, and in the
-    draw after that, batches come from the host.
+    there. What is written into the arrays from outside counts as before: where somebody holds one of them, or has had one
+    since the last draw, a batch comes from the host, and then all records are copied once more.
 
     The parameters are those of :class:`stable_baselines3.common.buffers.ReplayBuffer`.
 

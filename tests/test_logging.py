@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch as th
@@ -55,6 +56,14 @@ def test_running_means_go_on_from_a_pickle() -> None:
         means = pickle.loads(pickle.dumps(means))
     means.add(joined, [th.tensor([6.0])])
     assert means.pop() == {"loss": 3.0}
+
+
+def test_running_means_of_a_device_are_pickled_for_any_other() -> None:
+    means = RunningMeans(("loss",))
+    means.add(joined, [th.tensor([1.0])])
+    means.pop()
+    means._sums = mock.Mock(cpu=lambda: th.tensor([2.0]))
+    assert means.__getstate__()["_sums"].tolist() == [2.0]
 
 
 class BufferThatOverwrites(ReplayBuffer):

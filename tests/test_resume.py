@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import ClipReward
 from resuming import InterruptAt, Interruption, differences, interrupted_run, kills, run
@@ -41,6 +42,7 @@ from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback
 from sb3_lecture_dqn.callbacks import OverestimationCallback
 from sb3_lecture_dqn.envs import GymVectorVecEnv
 from sb3_lecture_dqn.resume.checkpoint_files import newest_checkpoint
+from sb3_lecture_dqn.resume.random_state import random_state, restore_random_state
 from sb3_lecture_dqn.resume.training_state import TrainingState
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of environments used")
@@ -213,6 +215,31 @@ def test_a_replay_buffer_of_the_users_class_is_continued(tmp_path: Path) -> None
     model = interrupted_run(build, 400, tmp_path / "run", 330)
     assert differences(run(build, 400, tmp_path / "reference"), model) == []
     assert model.replay_buffer.n_added == 400  # type: ignore[union-attr]
+
+
+def test_a_replay_buffer_of_the_users_class_stays_on_the_device_of_the_model_that_goes_on(tmp_path: Path) -> None:
+    devices = [th.device("cpu"), th.device("cpu:0")]
+
+    def build() -> LectureDQN:
+        model = small_model("CartPole-v1", replay_buffer_class=CountingBuffer)
+        assert model.replay_buffer is not None
+        model.replay_buffer.device = devices.pop(0)
+        return model
+
+    model = interrupted_run(build, 400, tmp_path / "run", 330)
+    assert devices == []
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.device == th.device("cpu:0")
+
+
+def test_a_run_with_two_gpus_goes_on_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[Any] = []
+    state = {**random_state(), "cuda": ["of the first", "of the second"]}
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(th.cuda, "set_rng_state_all", restored.append)
+    restore_random_state(state)
+    assert restored == [["of the first"]]
 
 
 class Mirroring(LectureDQN):

@@ -36,8 +36,10 @@ def capture(work: Callable[[], Results], device: th.device) -> tuple[Callable[[]
     :return: What does it, on the same memory each time, and the tensors in which it then leaves its results
     """
     graph, stream = th.cuda.CUDAGraph(), th.cuda.current_stream(device)
+    # other threads may do with CUDA what they like
+    capturing = th.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local")
     # a capture that fails may leave its stream the current one, if nobody puts the one before back
-    with th.cuda.device(device), th.cuda.stream(stream), th.cuda.graph(graph, stream=_capture_stream(device)):
+    with th.cuda.device(device), th.cuda.stream(stream), capturing:
         results = work()
     return graph.replay, results
 
@@ -243,6 +245,8 @@ class GraphActing(FastActing):
         return super().for_policy(policy) if has_known_encoder(policy) else None
 
     def _prepare(self) -> None:
+        self.parameters = list(self.policy.q_net.parameters())  # the encoder's too
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._capturer: Capturer[th.Tensor] = Capturer(self.parameters[0].device)
 
     @th.no_grad()

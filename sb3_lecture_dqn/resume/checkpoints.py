@@ -199,7 +199,7 @@ class ResumableCheckpointCallback(BaseCallback):
             self._replay_buffer_files.restore(checkpoint, saved["replay_buffer"], replay_buffer)
         else:
             loaded = pickle.loads(checkpoint.file(REPLAY_BUFFER_FILE).read_bytes())
-            vars(replay_buffer).update({name: value for name, value in vars(loaded).items() if name != "env"})
+            vars(replay_buffer).update({name: value for name, value in vars(loaded).items() if name not in ("env", "device")})
         reasons = state.restore(saved["run"])
         for reason in filter(None, reasons[1:]):
             warnings.warn(f"an environment of a callback could not be brought back ({reason})", stacklevel=2)

@@ -31,4 +31,4 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     th.set_rng_state(state["torch"])
     if state["cuda"] and th.cuda.is_available():
-        th.cuda.set_rng_state_all(state["cuda"])
+        th.cuda.set_rng_state_all(state["cuda"][: th.cuda.device_count()])
