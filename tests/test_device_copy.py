@@ -288,15 +288,16 @@ class Stop(BaseCallback):
 def test_a_checkpoint_is_no_look_from_outside_and_a_resumed_run_copies_all(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copies: list[int]
 ) -> None:
-    def run(stop_at: int) -> LectureDQN:
+    def run(stop_at: int, steps_before: int = 0) -> LectureDQN:
         monkeypatch.setattr(Stop, "step", stop_at, raising=False)
         model = LectureDQN("MlpPolicy", "CartPole-v1", buffer_size=300, learning_starts=50, batch_size=16, seed=0)
+        model.learn(steps_before)
+        copies.clear()
         return model.learn(250, callback=[ResumableCheckpointCallback(50, tmp_path), Stop()])
 
     run(210)
     assert sum(copies) == 208  # those up to the last draw
-    copies.clear()
-    resumed = run(1_000)
+    resumed = run(1_000, steps_before=60)
     buffer = resumed.replay_buffer
     assert buffer is not None
     assert copies[0] >= 200
