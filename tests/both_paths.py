@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
@@ -104,6 +106,22 @@ def train_on(model: LectureDQN, batch: ReplayBufferSamples) -> None:
     model._sample_batch = lambda _: batch  # type: ignore[method-assign]
     model.train(gradient_steps=1, batch_size=BATCH_SIZE)
     model._on_step()
+
+
+def trained_in_float64(fast: bool, normalised: bool, **kwargs: Any) -> LectureDQN:
+    """
+    A whole run with 501 gradient steps, one at a time, so that both paths draw the same batches; the learning rate falls.
+    """
+    env = make_vec_env("CartPole-v1", n_envs=1, seed=0)
+    settings = {"learning_starts": 50, "batch_size": 16, "train_freq": 1, "target_update_interval": 50, "seed": 0}
+    policy_kwargs = {"net_arch": [16, 16], "features_extractor_class": DoubleFlatten}
+    model = LectureDQN(
+        "MlpPolicy", VecNormalize(env) if normalised else env, policy_kwargs=policy_kwargs, **settings, **kwargs
+    )
+    model.policy.double()
+    if not fast:
+        model._current_fast_update = lambda: None  # type: ignore[method-assign]
+    return model.learn(551)
 
 
 def largest_difference(first: LectureDQN, second: LectureDQN) -> float:

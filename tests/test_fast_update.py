@@ -10,19 +10,17 @@ import pytest
 import torch as th
 from both_paths import (
     BATCH_SIZE,
-    DoubleFlatten,
     copied,
     largest_difference,
     make_model,
     random_batch,
     train_on,
+    trained_in_float64,
 )
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -74,19 +72,7 @@ def test_both_paths_agree_with_n_step_discounts() -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"n_steps": 3}, {"max_grad_norm": 0.5}])
 def test_whole_float64_runs_with_normalised_observations_and_rewards_agree(kwargs: dict[str, Any]) -> None:
-    """One gradient step at a time, so that both draw the same batches."""
-
-    def run(fast: bool) -> LectureDQN:
-        env = VecNormalize(make_vec_env("CartPole-v1", n_envs=1, seed=0))
-        settings = {"learning_starts": 50, "batch_size": 16, "train_freq": 1, "target_update_interval": 50, "seed": 0}
-        policy_kwargs = {"net_arch": [16, 16], "features_extractor_class": DoubleFlatten}
-        model = LectureDQN("MlpPolicy", env, policy_kwargs=policy_kwargs, **settings, **kwargs)
-        model.policy.double()
-        if not fast:
-            model._current_fast_update = lambda: None  # type: ignore[method-assign]
-        return model.learn(551)
-
-    plain, fast = (run(fast) for fast in (False, True))
+    plain, fast = (trained_in_float64(fast, normalised=True, **kwargs) for fast in (False, True))
     assert fast._fast_update is not None
     assert fast._n_updates == plain._n_updates == 501
     assert largest_difference(plain, fast) < 1e-9

@@ -27,12 +27,12 @@ from both_paths import (
     make_model,
     random_batch,
     train_on,
+    trained_in_float64,
 )
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.vec_env import VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -150,21 +150,7 @@ def test_replays_agree_with_the_plain_path_in_float64_over_500_updates(
 @pytest.mark.parametrize("kwargs", [{}, {"n_steps": 3}, {"max_grad_norm": 0.5}])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_whole_float64_runs_agree(captures: Captures, kwargs: dict[str, Any], normalised: bool) -> None:
-    """One gradient step at a time, so that both draw the same batches; the learning rate falls all the time."""
-
-    def run(fast: bool) -> LectureDQN:
-        env = make_vec_env("CartPole-v1", n_envs=1, seed=0)
-        settings = {"learning_starts": 50, "batch_size": 16, "train_freq": 1, "target_update_interval": 50, "seed": 0}
-        policy_kwargs = {"net_arch": [16, 16], "features_extractor_class": DoubleFlatten}
-        model = LectureDQN(
-            "MlpPolicy", VecNormalize(env) if normalised else env, policy_kwargs=policy_kwargs, **settings, **kwargs
-        )
-        model.policy.double()
-        if not fast:
-            model._current_fast_update = lambda: None  # type: ignore[method-assign]
-        return model.learn(551)
-
-    plain, fast = (run(fast) for fast in (False, True))
+    plain, fast = (trained_in_float64(fast, normalised, **kwargs) for fast in (False, True))
     assert fast._n_updates == plain._n_updates == 501
     assert (len(captures.recordings), captures.n_replays) == (1, 500)
     assert largest_difference(plain, fast) < 1e-9
