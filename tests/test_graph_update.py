@@ -616,6 +616,14 @@ def test_acting_goes_on_where_cuda_cannot_capture(
     ]
 
 
+def test_a_run_can_do_without_graphs(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Capturer, "can_capture", False)
+    model = trained_model()
+    assert model._n_updates == 4 * 13
+    assert isinstance(model._fast_update, GraphUpdate)
+    assert captures.recordings == []
+
+
 def test_an_encoder_of_a_users_own_acts_by_itself(captures: Captures) -> None:
     model = trained_model(policy_kwargs={"features_extractor_class": NoisyEncoder})
     assert model._fast_acting is None
