@@ -118,28 +118,26 @@ class ContiguousReplayBuffer(ReplayBuffer):
             if batch_there is not None:
                 return self._samples_there(batch_there)
         batch = self._records.reshape(-1).take(batch_inds)
-        dones = batch["dones"]
-        if self.handle_timeout_termination:
-            dones = dones * (1 - batch["timeouts"])
         return ReplayBufferSamples(
             observations=self._to_device(_in_one_piece(self._normalize_obs(batch["observations"], env))),
             actions=self._to_device(batch["actions"]),
             next_observations=self._to_device(_in_one_piece(self._normalize_obs(batch["next_observations"], env))),
-            dones=self._to_device(dones[:, None]),
+            dones=self._to_device(self._dones(batch)[:, None]),
             rewards=self._to_device(self._normalize_reward(batch["rewards"][:, None], env)),
         )
 
     def _samples_there(self, batch: dict[str, th.Tensor]) -> ReplayBufferSamples:
-        dones = batch["dones"]
-        if self.handle_timeout_termination:
-            dones = dones * (1 - batch["timeouts"])
         return ReplayBufferSamples(
             observations=batch["observations"],
             actions=batch["actions"],
             next_observations=batch["next_observations"],
-            dones=dones[:, None],
+            dones=self._dones(batch)[:, None],
             rewards=batch["rewards"][:, None],
         )
+
+    def _dones(self, batch: Any) -> Any:
+        """d of records, or of tensors by the fields' names: not where a time limit was all that ended an episode, if asked."""
+        return batch["dones"] * (1 - batch["timeouts"]) if self.handle_timeout_termination else batch["dones"]
 
     def _to_device(self, array: Any) -> th.Tensor:
         tensor = th.from_numpy(array)  # the batch is a copy already

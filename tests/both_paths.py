@@ -1,5 +1,6 @@
 """Models with small networks, made twice: for the update that is compared, and for the one that it is compared with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,15 @@ def train_on(model: LectureDQN, batch: ReplayBufferSamples) -> None:
     model._sample_batch = lambda _: batch  # type: ignore[method-assign]
     model.train(gradient_steps=1, batch_size=BATCH_SIZE)
     model._on_step()
+
+
+def train_both(kind: str, models: Sequence[LectureDQN], n_updates: int) -> None:
+    """The same random batches for each model."""
+    rng = np.random.default_rng(0)
+    for _ in range(n_updates):
+        batch = random_batch(kind, rng)
+        for model in models:
+            train_on(model, batch)
 
 
 def trained_in_float64(fast: bool, normalised: bool, **kwargs: Any) -> LectureDQN:

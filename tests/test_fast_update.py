@@ -14,6 +14,7 @@ from both_paths import (
     largest_difference,
     make_model,
     random_batch,
+    train_both,
     train_on,
     trained_in_float64,
 )
@@ -34,11 +35,7 @@ from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 def test_both_paths_agree_in_float64_over_500_updates(kind: str, max_grad_norm: float | None) -> None:
     kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "target_update_interval": 20, "learning_rate": 1e-3}
     plain, fast = (make_model(kind, fast, **kwargs) for fast in (False, True))
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        batch = random_batch(kind, rng)
-        train_on(plain, batch)
-        train_on(fast, batch)
+    train_both(kind, (plain, fast), 500)
     assert fast._fast_update is not None
     assert plain._fast_update is None
     assert largest_difference(plain, fast) < 1e-9
@@ -50,11 +47,7 @@ def test_both_paths_agree_in_float64_over_500_updates(kind: str, max_grad_norm: 
 )
 def test_both_paths_agree_for_other_layers(layers: dict[str, Any]) -> None:
     plain, fast = (make_model("vector", fast, policy_kwargs=layers) for fast in (False, True))
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        batch = random_batch("vector", rng)
-        train_on(plain, batch)
-        train_on(fast, batch)
+    train_both("vector", (plain, fast), 50)
     assert fast._fast_update is not None
     assert largest_difference(plain, fast) < 1e-12
 

@@ -26,6 +26,7 @@ from both_paths import (
     largest_difference,
     make_model,
     random_batch,
+    train_both,
     train_on,
     trained_in_float64,
 )
@@ -137,11 +138,7 @@ def test_replays_agree_with_the_plain_path_in_float64_over_500_updates(
 ) -> None:
     kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "target_update_interval": 20, "learning_rate": 1e-3}
     plain, fast = (make_model(kind, fast, **kwargs) for fast in (False, True))
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        batch = random_batch(kind, rng)
-        train_on(plain, batch)
-        train_on(fast, batch)
+    train_both(kind, (plain, fast), 500)
     assert (len(captures.recordings), captures.n_replays) == (1, 499)
     assert largest_difference(plain, fast) < 1e-9
     assert largest_difference(plain, make_model(kind, fast=False)) > 0.01
@@ -326,30 +323,23 @@ def moved(value: Any, device: th.device) -> Any:
 
 def test_the_metrics_of_replays_are_those_of_the_plain_path(captures: Captures) -> None:
     models = [make_model("vector", fast, max_grad_norm=0.5) for fast in (False, True)]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        batch = random_batch("vector", rng)
-        for model in models:
-            train_on(model, batch)
+    train_both("vector", models, 20)
     plain, fast = ({**model._training_metrics.pop()} for model in models)
     assert captures.n_replays == 19
     assert set(plain) == {"loss", "q_values", "td_target", "gradient_norm"}
     assert fast == pytest.approx(plain, rel=1e-9)
 
 
+def refuse(*_: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
 def test_where_cuda_cannot_capture_a_warning_says_so_once_and_the_steps_are_made(
     captures: Captures, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graph, "capture", fail)
+    monkeypatch.setattr(graph, "capture", refuse)
     plain, fast = (make_model("vector", fast) for fast in (False, True))
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        batch = random_batch("vector", rng)
-        train_on(plain, batch)
-        train_on(fast, batch)
+    train_both("vector", (plain, fast), 10)
     (warning,) = recwarn
     assert "cannot capture this, which is slower without: operation not permitted" in str(warning.message)
     assert fast._n_updates == 10
@@ -358,11 +348,7 @@ def test_where_cuda_cannot_capture_a_warning_says_so_once_and_the_steps_are_made
 
 def test_a_model_trained_by_replays_goes_on_by_the_plain_path(captures: Captures, tmp_path: Path) -> None:
     models = [make_model("vector", fast) for fast in (False, True)]
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        batch = random_batch("vector", rng)
-        for model in models:
-            train_on(model, batch)
+    train_both("vector", models, 10)
     plain, fast = models
     assert captures.n_replays == 9
     states = [model.policy.optimizer.state_dict()["state"] for model in models]
@@ -373,7 +359,7 @@ def test_a_model_trained_by_replays_goes_on_by_the_plain_path(captures: Captures
     fast.save(tmp_path / "model")
     continued = make_model("vector", fast=False)
     continued.set_parameters(str(tmp_path / "model"))
-    batch = random_batch("vector", rng)
+    batch = random_batch("vector", np.random.default_rng(1))
     for model in (plain, fast, continued):
         train_on(model, batch)
     assert largest_difference(plain, fast) < 1e-12
@@ -605,14 +591,11 @@ def test_what_is_captured_of_acting_asks_the_host_for_nothing(policy: str, space
 def test_acting_goes_on_where_cuda_cannot_capture(
     captures: Captures, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(graph, "capture", fail)
+    monkeypatch.setattr(graph, "capture", refuse)
     model = trained_model()
     assert model._n_updates == 4 * 13
     assert [str(warning.message) for warning in recwarn if "capture" in str(warning.message)] == [
-        "CUDA cannot capture this, which is slower without: no"
+        "CUDA cannot capture this, which is slower without: operation not permitted when stream is capturing"
     ]
 
 

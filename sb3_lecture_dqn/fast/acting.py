@@ -54,11 +54,14 @@ class FastActing:
         self.policy, self.head = policy, head
         self.only_flattens = _only_flattens_float32(policy.q_net)
         self.has_trained_encoder = any(True for _ in policy.q_net.features_extractor.parameters())
-        self.parameters = list(policy.q_net.q_net.parameters())
+        self.parameters = self._used_parameters()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.hooks, self.composition = hooks_of(policy.q_net), Composition(policy)
         self._prepare()
+
+    def _used_parameters(self) -> list[th.Tensor]:
+        return list(self.policy.q_net.q_net.parameters())
 
     def _prepare(self) -> None:
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]

@@ -8,7 +8,7 @@ What is captured is the step of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar
@@ -119,6 +119,21 @@ def named_tensors(value: Any, name: str = "") -> dict[str, th.Tensor]:
     return named
 
 
+def map_tensors(function: Callable[[th.Tensor], th.Tensor], value: Any) -> Any:
+    """
+    A batch or observations with other tensors.
+
+    :param function: Makes a tensor of a tensor
+    :param value: A batch, a dictionary, a tensor or ``None``
+    :return: The same of what the function gave
+    """
+    if isinstance(value, ReplayBufferSamples):
+        return ReplayBufferSamples(*(map_tensors(function, field) for field in value))
+    if isinstance(value, dict):
+        return {key: function(part) for key, part in value.items()}
+    return None if value is None else function(value)
+
+
 def has_known_encoder(policy: LectureDQNPolicy) -> bool:
     """
     Whether an encoder is one of SB3's; another one may ask the host for something.
@@ -181,15 +196,20 @@ class GraphUpdate(FastUpdate):
         :return: What :func:`~sb3_lecture_dqn.fast.update.metrics_of_results` needs
         """
         samples = _fields_of_a_batch(samples)
-        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(samples).items())
+        tensors = named_tensors(samples)
+        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
         kind = (targets_of, batch_size, max_grad_norm, self.adam.constants, formats)
 
         def steps(inputs: ReplayBufferSamples) -> StepResults:
             return super(GraphUpdate, self).steps(inputs, targets_of, batch_size, max_grad_norm)
 
         self.adam.begin()
-        captured = self._capturer.captured(kind, lambda: _copy_of_rows(samples, batch_size), steps)
-        results = steps(samples) if captured is None else _replay(captured, samples, batch_size)
+        captured = self._capturer.captured(kind, lambda: map_tensors(lambda part: part[:batch_size].clone(), samples), steps)
+        if captured is None:
+            results = steps(samples)
+        else:
+            batches = zip(*(th.split(tensor, batch_size) for tensor in tensors.values()), strict=True)
+            results = _replay(captured, samples.actions, batches)
         self.adam.end(len(samples.actions) // batch_size)
         return results
 
@@ -204,29 +224,19 @@ class GraphUpdate(FastUpdate):
         th._foreach_copy_([gradient_of(parameter) for parameter in parameters], gradients)
 
 
-def _replay(step: Captured[StepResults], samples: ReplayBufferSamples, batch_size: int) -> StepResults:
+def _replay(step: Captured[StepResults], actions: th.Tensor, batches: Iterable[tuple[th.Tensor, ...]]) -> StepResults:
     """The step for each batch; its results are copied, because the next one overwrites them."""
-    batches = zip(*(th.split(tensor, batch_size) for tensor in named_tensors(samples).values()), strict=True)
     results = []
     for batch in batches:
         th._foreach_copy_(step.inputs, batch)
         step.replay()
         results.append([part.clone() for (part,) in step.results[1:]])
-    return StepResults(samples.actions.to(th.int64, copy=True), *zip(*results, strict=True))
+    return StepResults(actions.to(th.int64, copy=True), *zip(*results, strict=True))
 
 
 def _fields_of_a_batch(samples: Any) -> ReplayBufferSamples:
     """The fields that an update uses; a buffer of a user's own may have more."""
     return ReplayBufferSamples(*(getattr(samples, name) for name in ReplayBufferSamples._fields))
-
-
-def _copy_of_rows(samples: ReplayBufferSamples, n_rows: int) -> ReplayBufferSamples:
-    def copy(field: Any) -> Any:
-        if isinstance(field, dict):
-            return {key: copy(part) for key, part in field.items()}
-        return None if field is None else field[:n_rows].clone()
-
-    return ReplayBufferSamples(*map(copy, samples))
 
 
 class GraphActing(FastActing):
@@ -244,9 +254,10 @@ class GraphActing(FastActing):
         """
         return super().for_policy(policy) if has_known_encoder(policy) else None
 
+    def _used_parameters(self) -> list[th.Tensor]:
+        return list(self.policy.q_net.parameters())  # the encoder's too
+
     def _prepare(self) -> None:
-        self.parameters = list(self.policy.q_net.parameters())  # the encoder's too
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._capturer: Capturer[th.Tensor] = Capturer(self.parameters[0].device)
 
     @th.no_grad()
@@ -257,21 +268,21 @@ class GraphActing(FastActing):
         :param observations: s, shape (n_envs, ...), or such arrays by their names
         :return: Actions, shape (n_envs,)
         """
-        tensors = to_tensors(observations)
-        kind = tuple((name, tensor.shape) for name, tensor in named_tensors(tensors).items())
-        captured = self._capturer.captured(kind, lambda: self._moved(tensors), self._actions)
+        observations_here = to_tensors(observations)
+        tensors = named_tensors(observations_here)
+        kind = tuple((name, tensor.shape) for name, tensor in tensors.items())
+        captured = self._capturer.captured(kind, lambda: self._moved(observations_here), self._actions)
         if captured is None:
-            return self._actions(self._moved(tensors)).cpu().numpy()
-        for place, tensor in zip(captured.inputs, named_tensors(tensors).values(), strict=True):
+            return self._actions(self._moved(observations_here)).cpu().numpy()
+        for place, tensor in zip(captured.inputs, tensors.values(), strict=True):
             place.copy_(tensor, non_blocking=True)
         captured.replay()
         return captured.results.cpu().numpy()
 
-    def _moved(self, tensors: PyTorchObs) -> PyTorchObs:
-        if isinstance(tensors, dict):
-            return {key: tensor.to(self._capturer.device) for key, tensor in tensors.items()}
-        return tensors.to(self._capturer.device)
+    def _moved(self, observations: PyTorchObs) -> PyTorchObs:
+        moved: PyTorchObs = map_tensors(lambda tensor: tensor.to(self._capturer.device), observations)
+        return moved
 
-    def _actions(self, tensors: PyTorchObs) -> th.Tensor:
-        features = self.policy.q_net.extract_features(tensors, self.policy.q_net.features_extractor)
+    def _actions(self, observations: PyTorchObs) -> th.Tensor:
+        features = self.policy.q_net.extract_features(observations, self.policy.q_net.features_extractor)
         return forward(self.head, features).argmax(dim=1)
