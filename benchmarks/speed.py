@@ -125,7 +125,9 @@ def gradient_step(
         return matrix_products()
     settings = {**LUNAR_LANDER, "batch_size": batch_size, "gradient_steps": 4, "device": device}
     policy, env = ("CnnPolicy", random_images()) if pixels else ("MlpPolicy", "LunarLander-v3")
-    model = algorithm(peer)(policy, env, seed=0, **({**settings, "buffer_size": 5_000} if pixels else settings))
+    if pixels:  # few steps before the first round, because a large batch of images takes a peer up to half a second
+        settings = {**settings, "buffer_size": 5_000, "learning_starts": 360}
+    model = algorithm(peer)(policy, env, seed=0, **settings)
     model.learn(400)
 
     def one_round() -> float:

@@ -94,6 +94,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
         # SB3's arrays are all zeros still, so the system has not given them any memory yet
         self._records = np.zeros((self.buffer_size, self.n_envs), dtype=record)
         self._make_views()
+        self._device_copy.is_seen = False  # SB3's own constructor has looked at what was there before
 
     def _make_views(self) -> None:
         self.__dict__.update({name: self._records[name] for name in FIELDS})
@@ -127,13 +128,10 @@ class ContiguousReplayBuffer(ReplayBuffer):
         )
 
     def _samples_there(self, batch: dict[str, th.Tensor]) -> ReplayBufferSamples:
-        return ReplayBufferSamples(
-            observations=batch["observations"],
-            actions=batch["actions"],
-            next_observations=batch["next_observations"],
-            dones=self._dones(batch)[:, None],
-            rewards=batch["rewards"][:, None],
-        )
+        batch["dones"] = self._dones(batch)
+        # as on the host: an encoder may want to view its input in another shape
+        parts = {name: batch[name].contiguous() for name in FIELDS if name != "timeouts"}
+        return ReplayBufferSamples(**{**parts, "dones": parts["dones"][:, None], "rewards": parts["rewards"][:, None]})
 
     def _dones(self, batch: Any) -> Any:
         """d of records, or of tensors by the fields' names: not where a time limit was all that ended an episode, if asked."""

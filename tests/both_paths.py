@@ -22,6 +22,8 @@ SPACES = {
     "dict": spaces.Dict({"vector": VECTOR, "image": IMAGE, "number": spaces.Discrete(3)}),
 }
 BATCH_SIZE = 16
+#: Where what is made for a GPU is tried.
+DEVICES = ["cpu", "cuda"] if th.cuda.is_available() else ["cpu"]
 
 
 class SmallCnn(FlattenExtractor):
@@ -76,7 +78,7 @@ class SpaceEnv:
 def make_model(kind: str, fast: bool, dtype: th.dtype = th.float64, **kwargs: Any) -> LectureDQN:
     policy_kwargs = {"net_arch": [16, 16], "final_layer_std": 0.3, **kwargs.pop("policy_kwargs", {})}
     if dtype == th.float64 or kind != "vector":
-        policy_kwargs["features_extractor_class"] = EXTRACTORS[kind]
+        policy_kwargs.setdefault("features_extractor_class", EXTRACTORS[kind])
     model = LectureDQN(POLICIES[kind], SpaceEnv(kind), buffer_size=10, policy_kwargs=policy_kwargs, seed=0, **kwargs)
     model.policy.to(dtype)
     model._setup_learn(10_000)
@@ -104,6 +106,7 @@ def random_batch(kind: str, rng: np.random.Generator, dtype: th.dtype = th.float
 
 
 def train_on(model: LectureDQN, batch: ReplayBufferSamples) -> None:
+    batch = moved(batch, model.device)
     model._sample_batch = lambda _: batch  # type: ignore[method-assign]
     model.train(gradient_steps=1, batch_size=BATCH_SIZE)
     model._on_step()
@@ -137,6 +140,14 @@ def trained_in_float64(fast: bool, normalised: bool, **kwargs: Any) -> LectureDQ
 def largest_difference(first: LectureDQN, second: LectureDQN) -> float:
     pairs = zip(first.policy.parameters(), second.policy.parameters(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def moved(value: Any, device: th.device) -> Any:
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(moved(part, device) for part in value))
+    return value.to(device) if isinstance(value, th.Tensor) else value
 
 
 def copied(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """
 What a replay buffer keeps on a GPU is what it holds.
 
-There is no GPU here: the copy is kept on the CPU as it would be kept there, beside a buffer that keeps none.
+The copy is kept on the CPU as it would be kept on a GPU, and on a CUDA device where there is one, beside a buffer that keeps
+none.
 """
 
 import copy
@@ -9,13 +10,16 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 import pytest
 import torch as th
+from both_paths import DEVICES
 from gymnasium import spaces
+from stable_baselines3.common import buffers
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -33,8 +37,8 @@ ACTIONS = spaces.Discrete(4)
 HOST = th.device("cpu:0")
 
 
-@pytest.fixture(autouse=True)
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture(autouse=True, params=DEVICES)
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Buffers keep a copy; how many rows of all environments are written to it each time."""
     written: list[int] = []
     write = DeviceCopy._write
@@ -46,14 +50,22 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(DeviceCopy, "_write", noted_write)
     monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda device: device != HOST)
     monkeypatch.setattr(device_copy, "free_memory", lambda _: 10_000_000)
+    monkeypatch.setattr(th.cuda, "is_available", lambda: request.param == "cuda")  # SB3 takes a GPU where there is one
+    monkeypatch.setattr(Pair, "device", request.param)
     return written
+
+
+def has_copy(buffer: ContiguousReplayBuffer) -> bool:
+    return buffer._device_copy._records is not None
 
 
 class Pair:
     """A buffer with a copy, and the same one without."""
 
+    device: ClassVar[str] = "cpu"
+
     def __init__(self, space: spaces.Box = VECTOR, size: int = 20, n_envs: int = 1, **kwargs: Any) -> None:
-        arguments = {"device": "cpu", "n_envs": n_envs, **kwargs}
+        arguments = {"device": self.device, "n_envs": n_envs, **kwargs}
         self.with_copy, self.without = (ContiguousReplayBuffer(size * n_envs, space, ACTIONS, **arguments) for _ in range(2))
         self.without.device = HOST
         self.space, self.n_envs, self.rng = space, n_envs, np.random.default_rng(0)
@@ -85,7 +97,7 @@ class Pair:
                 assert first is second
                 continue
             assert (first.shape, first.dtype) == (second.shape, second.dtype)
-            assert th.equal(first, second)
+            assert th.equal(first.cpu(), second)
 
 
 @pytest.mark.parametrize("space", [VECTOR, IMAGE])
@@ -98,8 +110,8 @@ def test_batches_are_those_of_the_host_before_and_after_the_ring_is_full(
     for n_steps in (1, 4, 0, 14, 1, 7, 13, 20, 33, 1):
         pair.add(n_steps)
         pair.assert_alike()
-    assert pair.with_copy._device_copy._arrays
-    assert not pair.without._device_copy._arrays
+    assert has_copy(pair.with_copy)
+    assert not has_copy(pair.without)
     assert all(part.is_contiguous() for part in pair.samples()[0] if part is not None)  # an encoder may need that
 
 
@@ -110,6 +122,16 @@ def test_only_new_rows_are_copied(copies: list[int]) -> None:
         copies.clear()
         pair.samples()
         assert sum(copies) == expected
+
+
+def test_what_sb3s_constructor_does_is_no_look_from_outside(monkeypatch: pytest.MonkeyPatch, copies: list[int]) -> None:
+    """With psutil it looks at the arrays' sizes."""
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**12))
+    monkeypatch.setattr(buffers, "psutil", memory)
+    pair = Pair()
+    pair.add(5)
+    pair.assert_alike()
+    assert sum(copies) == 5
 
 
 def write_into_rewards(buffer: ContiguousReplayBuffer) -> None:
@@ -219,7 +241,7 @@ def test_a_buffer_that_is_too_large_stays_on_the_host(monkeypatch: pytest.Monkey
         pair.add(30)
         pair.assert_alike()
         pair.assert_alike()
-        assert bool(pair.with_copy._device_copy._arrays) == is_kept
+        assert has_copy(pair.with_copy) == is_kept
         assert bool(copies) == is_kept
         copies.clear()
 
@@ -228,7 +250,7 @@ def test_observations_of_a_type_that_not_every_device_knows_stay_on_the_host() -
     pair = Pair(spaces.Box(0, 9, (2,), np.uint16))
     pair.add(10)
     pair.assert_alike()
-    assert not pair.with_copy._device_copy._arrays
+    assert not has_copy(pair.with_copy)
 
 
 @pytest.mark.parametrize("made", WAYS[1:])
@@ -248,7 +270,9 @@ def test_a_buffer_that_goes_to_another_device_begins_again(copies: list[int]) ->
     """SB3 gives a loaded buffer the model's device."""
     pair = Pair()
     pair.add(10)
-    for device, expected in (("cpu:0", 0), ("cpu", 10), ("cpu:0", 0), ("cpu", 0), ("cpu:1", 10), ("cpu:1", 0), ("cpu", 10)):
+    other = {"cpu": "cpu:1", "cuda": "cpu"}[pair.device]
+    steps = (("cpu:0", 0), (pair.device, 10), ("cpu:0", 0), (pair.device, 0), (other, 10), (other, 0), (pair.device, 10))
+    for device, expected in steps:
         copies.clear()
         pair.with_copy.device = th.device(device)
         pair.assert_alike()
@@ -264,7 +288,7 @@ def test_a_device_whose_memory_is_in_pieces_has_no_room(monkeypatch: pytest.Monk
     monkeypatch.setattr(device_copy.th, "zeros", fail)
     pair.assert_alike()
     pair.assert_alike()
-    assert not pair.with_copy._device_copy._arrays
+    assert not has_copy(pair.with_copy)
 
 
 def test_large_arrays_are_copied_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,5 +327,6 @@ def test_a_checkpoint_is_no_look_from_outside_and_a_resumed_run_copies_all(
     assert copies[0] >= 200
     assert sum(copies) == resumed.num_timesteps
     resumed._sample_batch(1)
-    kept = buffer._device_copy._arrays["observations"].numpy()
-    assert np.array_equal(kept, buffer.observations[:, 0])
+    assert buffer._device_copy._records is not None
+    words = buffer._device_copy._records.cpu().numpy()
+    assert np.array_equal(words.view(buffer._records.dtype), buffer._records)

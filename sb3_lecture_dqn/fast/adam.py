@@ -1,13 +1,16 @@
 """Adam on one flat tensor, of which the network's parameters are views."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch as th
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
+
+from sb3_lecture_dqn.fast.device_copy import staged
 
 HOOKS_OF_ALL_OPTIMIZERS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 #: Methods that somebody may have put into an optimizer; PyTorch's learning-rate schedulers wrap ``step``.
@@ -141,18 +144,15 @@ class FlatAdam:
     def step(self) -> None:
         """One step of Adam, by PyTorch's own kernel for one tensor."""
         self.step_counts += 1
-        self._move(self.theta, self.step_count, self.optimizer.param_groups[0]["lr"])
-
-    def _move(self, tensor: th.Tensor, step_count: th.Tensor, learning_rate: float) -> None:
         group = self.optimizer.param_groups[0]
         th._fused_adam_(
-            [tensor],
+            [self.theta],
             [self.gradient],
             [self.first_moment],
             [self.second_moment],
             [],
-            [step_count],
-            lr=learning_rate,
+            [self.step_count],
+            lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=0.0,
@@ -164,9 +164,10 @@ class FlatAdam:
 
 class DeviceAdam(FlatAdam):
     """
-    The same for steps that are captured once and replayed: the numbers that change are read from the device.
+    The same for steps that are captured once and replayed on a GPU: the numbers that change are read from the device.
 
-    The optimizer keeps its step counts on the CPU, as PyTorch's plain Adam does; :meth:`begin` and :meth:`end` follow them.
+    It is made of plain operations: PyTorch's kernel gives each 65,536 numbers to one of a GPU's hundred processors, and most
+    would have none. The optimizer keeps its step counts on the CPU, as PyTorch's plain Adam does; :meth:`end` follows them.
 
     :param optimizer: As for :class:`FlatAdam`
     :param theta: As for :class:`FlatAdam`
@@ -175,32 +176,50 @@ class DeviceAdam(FlatAdam):
 
     def __init__(self, optimizer: th.optim.Adam, theta: th.Tensor, gradient: th.Tensor) -> None:
         super().__init__(optimizer, theta, gradient)
-        self.learning_rate = theta.new_zeros(())
-        self.step_count_there = th.zeros((), dtype=th.float32, device=theta.device)  # CUDA's kernel reads no other type
         self.direction = th.zeros_like(theta)
+        self._coefficients: Iterator[th.Tensor] = iter(())
 
     @property
-    def constants(self) -> tuple[float, ...]:
-        """What a captured step does not read again: β₁, β₂ and ε of Adam."""
-        group = self.optimizer.param_groups[0]
-        return (*group["betas"], group["eps"])
+    def betas(self) -> tuple[float, float]:
+        """β₁ and β₂, which a captured step does not read again."""
+        betas: tuple[float, float] = self.optimizer.param_groups[0]["betas"]
+        return betas
 
-    def begin(self) -> None:
-        """Before some steps: tell the device the learning rate and how many steps there were."""
-        self.learning_rate.fill_(self.optimizer.param_groups[0]["lr"])
-        self.step_count_there.fill_(float(self.step_count))
+    def coefficients(self, n_steps: int) -> th.Tensor:
+        """
+        What the next steps have to know: with the bias corrections 1 − β₁ᵗ and 1 − β₂ᵗ, a step is θ += a m / (√v + b).
+
+        :param n_steps: How many they will be
+        :return: a and b of each step, shape (n_steps, 2), on the device
+        """
+        group, (beta_1, beta_2) = self.optimizer.param_groups[0], self.betas
+        counts = float(self.step_count) + np.arange(1, n_steps + 1)
+        roots = np.sqrt(1 - beta_2**counts)
+        both = np.stack([-group["lr"] * roots / (1 - beta_1**counts), group["eps"] * roots], axis=1)
+        return staged(th.from_numpy(both).to(self.theta.dtype), self.theta.device).to(self.theta.device, non_blocking=True)
+
+    def begin(self, coefficients: th.Tensor) -> None:
+        """
+        Before some steps.
+
+        :param coefficients: What :meth:`coefficients` gave for them, or the place where a captured step finds it
+        """
+        self._coefficients = iter(coefficients)
 
     def end(self, n_steps: int) -> None:
         """
-        After these steps: tell the optimizer.
+        After all steps of a call: tell the optimizer.
 
         :param n_steps: How many they were
         """
         self.step_counts += n_steps
 
     def step(self) -> None:
-        """One step; PyTorch's kernel gives the direction, so that the learning rate is as exact as θ and not a float32."""
-        self.step_count_there += 1
-        self.direction.zero_()
-        self._move(self.direction, self.step_count_there, 1.0)
-        self.theta.addcmul_(self.direction, self.learning_rate)
+        """One step of Adam."""
+        scale, epsilon = next(self._coefficients)
+        beta_1, beta_2 = self.betas
+        self.first_moment.lerp_(self.gradient, 1 - beta_1)
+        self.second_moment.mul_(beta_2).addcmul_(self.gradient, self.gradient, value=1 - beta_2)
+        th.sqrt(self.second_moment, out=self.direction).add_(epsilon)
+        th.div(self.first_moment, self.direction, out=self.direction)
+        self.theta.addcmul_(self.direction, scale)

@@ -25,6 +25,17 @@ def has_memory_of_its_own(device: th.device) -> bool:
     return device.type == "cuda"
 
 
+def staged(tensor: th.Tensor, device: th.device) -> th.Tensor:
+    """
+    A tensor of the host in memory that a device reads by itself, so that nobody has to wait for the copy.
+
+    :param tensor: The tensor
+    :param device: Where it goes, with ``non_blocking=True``
+    :return: It, or for a CUDA device a copy in pinned memory, which PyTorch keeps until CUDA has read it
+    """
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def free_memory(device: th.device) -> int:
     """
     The memory that nobody uses.
@@ -46,7 +57,7 @@ class DeviceCopy:
     #: Share of the device's free memory that the copy may take; networks and their activations need the rest.
     largest_share: ClassVar[float] = 0.5
     #: Bytes that are copied at once, for which the host needs room twice.
-    bytes_at_once: ClassVar[int] = 2**26
+    bytes_at_once: ClassVar[int] = 2**24
 
     def __init__(self) -> None:
         #: Whether somebody has had an array since the last draw, and may have written into it.
@@ -54,7 +65,7 @@ class DeviceCopy:
         #: How many of the newest rows the copy lacks; infinite for all.
         self.n_new_rows = math.inf
         self._device: th.device | None = None
-        self._arrays: dict[str, th.Tensor] = {}
+        self._records: th.Tensor | None = None
         self._own_references = 0
 
     def rows(self, replay_buffer: "ContiguousReplayBuffer", indices: np.ndarray) -> dict[str, th.Tensor] | None:
@@ -68,19 +79,19 @@ class DeviceCopy:
         """
         if self._device != replay_buffer.device:
             self._begin(replay_buffer)
-        if not self._arrays:
+        if self._records is None:
             return None
         if self.is_seen or _references(vars(replay_buffer)) > self._own_references:
             self.is_seen, self.n_new_rows = False, math.inf
             return None
         self._follow(replay_buffer)
-        indices_there = th.from_numpy(indices).to(self._device, non_blocking=True)
-        return {name: array.index_select(0, indices_there) for name, array in self._arrays.items()}
+        indices_there = staged(th.from_numpy(indices), self._records.device).to(self._records.device, non_blocking=True)
+        return _fields_of(self._records.index_select(0, indices_there), replay_buffer._records.dtype)
 
     def _begin(self, replay_buffer: "ContiguousReplayBuffer") -> None:
-        records = replay_buffer._records.reshape(-1)
+        records = replay_buffer._records
         self._device, self.n_new_rows = replay_buffer.device, math.inf
-        self._arrays = _allocate(records, self._device, self.largest_share)
+        self._records = _allocate(_words(records), self._device, self.largest_share) if _is_copyable(records.dtype) else None
         self._own_references = _references(_alike(records.dtype))
 
     def _follow(self, replay_buffer: "ContiguousReplayBuffer") -> None:
@@ -93,13 +104,30 @@ class DeviceCopy:
 
     def _write(self, replay_buffer: "ContiguousReplayBuffer", start: int, end: int) -> None:
         """Take over the rows from ``start`` to before ``end``, of all environments."""
-        records, n_envs = replay_buffer._records.reshape(-1), replay_buffer.n_envs
-        n_at_once = max(self.bytes_at_once // records.itemsize, 1)
+        assert self._records is not None
+        words, n_envs = _words(replay_buffer._records), replay_buffer.n_envs
+        n_at_once = max(self.bytes_at_once // replay_buffer._records.itemsize, 1)
         for first in range(start * n_envs, end * n_envs, n_at_once):
             rows = slice(first, min(first + n_at_once, end * n_envs))
-            for name, array in self._arrays.items():
-                # CUDA has read what is not in pinned memory when this returns
-                array[rows].copy_(th.from_numpy(np.ascontiguousarray(records[name][rows])), non_blocking=True)
+            new_words = staged(th.from_numpy(words[rows]), self._records.device)
+            self._records[rows].copy_(new_words, non_blocking=True)
+
+
+def _words(records: np.ndarray) -> np.ndarray:
+    """The bytes of records as integers, as large as they may be, shape (number of records, n): one read for many bytes."""
+    n_bytes = math.gcd(records.dtype.itemsize, 8)
+    return records.reshape(-1).view(f"i{n_bytes}").reshape(records.size, -1)
+
+
+def _fields_of(words: th.Tensor, record: np.dtype[Any]) -> dict[str, th.Tensor]:
+    """The fields of some records, views of them; a record type knows where in its bytes each is."""
+    assert record.fields is not None
+    of_bytes = words.view(th.uint8)
+    fields: dict[str, th.Tensor] = {}
+    for name, (dtype, offset, *_) in record.fields.items():
+        part = of_bytes[:, offset : offset + dtype.itemsize].view(_torch_type(dtype.base))
+        fields[name] = part.view(len(words), *dtype.shape)
+    return fields
 
 
 def _references(attributes: Mapping[str, Any]) -> int:
@@ -119,16 +147,19 @@ def _owner(records: np.ndarray) -> np.ndarray:
     return records.base if isinstance(records.base, np.ndarray) else records
 
 
-def _allocate(records: np.ndarray, device: th.device, largest_share: float) -> dict[str, th.Tensor]:
-    """An array of zeros for each field; nothing where the device has no room, or PyTorch lacks a field's type."""
-    arrays = {name: records[name] for name in records.dtype.names or ()}
-    is_copyable = all(array.dtype.name in COPYABLE_TYPES for array in arrays.values())
-    if not is_copyable or records.nbytes > largest_share * free_memory(device):
-        return {}
+def _is_copyable(record: np.dtype[Any]) -> bool:
+    """Whether PyTorch has all fields' types."""
+    return all(record[name].base.name in COPYABLE_TYPES for name in record.names or ())
+
+
+def _allocate(words: np.ndarray, device: th.device, largest_share: float) -> th.Tensor | None:
+    """Zeros in the shape of the words; nothing where the device has no room."""
+    if words.nbytes > largest_share * free_memory(device):
+        return None
     try:
-        return {name: th.zeros(array.shape, dtype=_torch_type(array.dtype), device=device) for name, array in arrays.items()}
+        return th.zeros(words.shape, dtype=_torch_type(words.dtype), device=device)
     except th.OutOfMemoryError:  # what is free may be in pieces, or not for this process
-        return {}
+        return None
 
 
 def _torch_type(dtype: np.dtype[Any]) -> th.dtype:

@@ -4,14 +4,18 @@ The update and the acting on a GPU: what they do is captured once as a CUDA grap
 On a GPU a step of this size is launching some fifty operations, each of which takes the host longer than the GPU. A graph is
 launched as a whole. It computes on the same memory each time, so each batch is copied to where the graph looks for it, and
 what changes between two steps without being part of a batch (the learning rate, the number of steps) is on the device too.
-What is captured is the step of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`, for one batch.
+What is captured are steps of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`: one, two, four, … of them, so that any number
+of steps is made of a few graphs.
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Generic, TypeVar
+from functools import cache, partial
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -62,7 +66,8 @@ class Captured(Generic[Results]):
 
 class Capturer(Generic[Results]):
     """
-    Captures work when it comes for the second time in a row; the first time is done operation by operation, as CUDA needs it.
+    Does work of one kind after the other, and captures it when it comes for the second time in a row; the first time it is
+    done operation by operation, as CUDA needs it.
 
     :param device: The device
     """
@@ -75,44 +80,48 @@ class Capturer(Generic[Results]):
         self._kind: Hashable = None
         self._captured: Captured[Results] | None = None
 
-    def captured(
-        self, kind: Hashable, make_inputs: Callable[[], Inputs], work: Callable[[Inputs], Results]
-    ) -> Captured[Results] | None:
+    def do(self, kind: Hashable, inputs: Inputs, work: Callable[[Inputs], Results]) -> Results:
         """
-        The captured work.
+        Do some work on the device.
 
-        :param kind: All that it depends on beside the contents of its inputs
-        :param make_inputs: Makes inputs of this kind, tensors that stay
+        :param kind: All that the work depends on beside the contents of its inputs
+        :param inputs: Its inputs, on any device
         :param work: The work
-        :return: What can be replayed; ``None`` if it has to be done operation by operation this time
+        :return: Its results, which the next call may overwrite
         """
         if kind != self._kind:
             self._kind, self._captured = kind, None
-            return None
-        if self._captured is None and self.can_capture:
-            inputs = make_inputs()
-            try:
-                replay, results = capture(lambda: work(inputs), self.device)
-            except RuntimeError as error:  # nothing was computed, so it can be done as before
-                Capturer.can_capture = False
-                reason = error.__context__ or error  # the first of them
-                warnings.warn(f"CUDA cannot capture this, which is slower without: {reason}", stacklevel=2)
-                return None
-            self._captured = Captured(list(named_tensors(inputs).values()), replay, results)
-        return self._captured
+        elif self._captured is None and self.can_capture:
+            self._capture(inputs, work)
+        if self._captured is None:
+            return work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
+        th._foreach_copy_(self._captured.inputs, list(named_tensors(inputs).values()), non_blocking=True)
+        self._captured.replay()
+        return self._captured.results
+
+    def _capture(self, inputs: Inputs, work: Callable[[Inputs], Results]) -> None:
+        places = map_tensors(lambda tensor: tensor.to(self.device, copy=True), inputs)
+        try:
+            replay, results = capture(lambda: work(places), self.device)
+        except RuntimeError as error:  # nothing was computed, so it can be done as before
+            Capturer.can_capture = False
+            reason = error.__context__ or error  # the first of them
+            warnings.warn(f"CUDA cannot capture this, which is slower without: {reason}", stacklevel=2)
+        else:
+            self._captured = Captured(list(named_tensors(places).values()), replay, results)
 
 
 def named_tensors(value: Any, name: str = "") -> dict[str, th.Tensor]:
     """
     The tensors of a batch or of observations, in an order that does not depend on a dictionary's.
 
-    :param value: A batch, a dictionary, a tensor or ``None``
+    :param value: A named tuple, a dictionary, a tensor or ``None``
     :param name: What comes before each name
     :return: The tensors by their names
     """
     if isinstance(value, th.Tensor):
         return {name: value}
-    fields = value._asdict() if isinstance(value, ReplayBufferSamples) else value or {}
+    fields = value._asdict() if isinstance(value, tuple) else value or {}  # type: ignore[attr-defined]
     named: dict[str, th.Tensor] = {}
     for key in sorted(fields):
         named.update(named_tensors(fields[key], f"{name}.{key}"))
@@ -124,11 +133,11 @@ def map_tensors(function: Callable[[th.Tensor], th.Tensor], value: Any) -> Any:
     A batch or observations with other tensors.
 
     :param function: Makes a tensor of a tensor
-    :param value: A batch, a dictionary, a tensor or ``None``
+    :param value: A named tuple, a dictionary, a tensor or ``None``
     :return: The same of what the function gave
     """
-    if isinstance(value, ReplayBufferSamples):
-        return ReplayBufferSamples(*(map_tensors(function, field) for field in value))
+    if isinstance(value, tuple):
+        return type(value)(*(map_tensors(function, field) for field in value))
     if isinstance(value, dict):
         return {key: function(part) for key, part in value.items()}
     return None if value is None else function(value)
@@ -142,6 +151,34 @@ def has_known_encoder(policy: LectureDQNPolicy) -> bool:
     :return: Whether all of its encoder's modules are known
     """
     return all(type(module) in MODELESS_MODULES for module in policy.q_net.features_extractor.modules())
+
+
+class StepInputs(NamedTuple):
+    """What some steps are made of: their batches, one after the other, and what Adam has to know of each."""
+
+    samples: ReplayBufferSamples
+    coefficients: th.Tensor
+
+    def of_steps(self, steps: slice) -> "StepInputs":
+        """
+        What some of the steps are made of.
+
+        :param steps: Which ones
+        :return: This
+        """
+        batch_size = len(self.samples.actions) // len(self.coefficients)
+        rows = slice(steps.start * batch_size, steps.stop * batch_size)
+        return StepInputs(map_tensors(itemgetter(rows), self.samples), self.coefficients[steps])
+
+
+def powers_of_two(n: int) -> list[int]:
+    """
+    Different powers of two with a given sum.
+
+    :param n: The sum, at least 1
+    :return: The powers, the largest first
+    """
+    return [2**bit for bit in reversed(range(n.bit_length())) if n & 2**bit]
 
 
 class GraphUpdate(FastUpdate):
@@ -158,7 +195,7 @@ class GraphUpdate(FastUpdate):
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
-        self._capturer: Capturer[StepResults] = Capturer(self.theta.device)
+        self._capturers: dict[int, Capturer[list[th.Tensor]]] = defaultdict(partial(Capturer, self.theta.device))
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> FastUpdate | None:
@@ -195,23 +232,31 @@ class GraphUpdate(FastUpdate):
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What :func:`~sb3_lecture_dqn.fast.update.metrics_of_results` needs
         """
-        samples = _fields_of_a_batch(samples)
-        tensors = named_tensors(samples)
-        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
-        kind = (targets_of, batch_size, max_grad_norm, self.adam.constants, formats)
+        n_steps = len(samples.actions) // batch_size
+        inputs = StepInputs(_fields_of_a_batch(samples), self.adam.coefficients(n_steps))
+        formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(inputs).items())
+        kind = (targets_of, batch_size, max_grad_norm, self.adam.betas, formats)
 
-        def steps(inputs: ReplayBufferSamples) -> StepResults:
-            return super(GraphUpdate, self).steps(inputs, targets_of, batch_size, max_grad_norm)
+        def steps(inputs: StepInputs) -> list[th.Tensor]:
+            self.adam.begin(inputs.coefficients)
+            _, *results = super(GraphUpdate, self).steps(inputs.samples, targets_of, batch_size, max_grad_norm)
+            return [th.stack(list(parts)) for parts in results]
 
-        self.adam.begin()
-        captured = self._capturer.captured(kind, lambda: map_tensors(lambda part: part[:batch_size].clone(), samples), steps)
-        if captured is None:
-            results = steps(samples)
-        else:
-            batches = zip(*(th.split(tensor, batch_size) for tensor in tensors.values()), strict=True)
-            results = _replay(captured, samples.actions, batches)
-        self.adam.end(len(samples.actions) // batch_size)
-        return results
+        sizes = powers_of_two(n_steps)
+        ends = accumulate(sizes)
+        parts = [inputs.of_steps(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+        results = [self._capturers[size].do(kind, part, steps) for size, part in zip(sizes, parts, strict=True)]
+        self.adam.end(n_steps)
+        # copies, because the next replay overwrites what it leaves
+        q_values, targets, squared_norms = (th.cat(parts).unbind() for parts in zip(*results, strict=True))
+        return StepResults(samples.actions.to(th.int64, copy=True), q_values, targets, squared_norms)
+
+    def _targets(
+        self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int
+    ) -> Iterator[Callable[[], th.Tensor]]:
+        """The targets of each batch, all at once: a GPU has room for them."""
+        targets = targets_of(slice(0, n_updates * batch_size))
+        return (partial(_as_it_is, part) for part in th.split(targets, batch_size))
 
     def _clip(self, squared_norm: th.Tensor, max_grad_norm: float) -> None:
         # as PyTorch's clip_grad_norm_ does it, without asking for the norm
@@ -224,14 +269,8 @@ class GraphUpdate(FastUpdate):
         th._foreach_copy_([gradient_of(parameter) for parameter in parameters], gradients)
 
 
-def _replay(step: Captured[StepResults], actions: th.Tensor, batches: Iterable[tuple[th.Tensor, ...]]) -> StepResults:
-    """The step for each batch; its results are copied, because the next one overwrites them."""
-    results = []
-    for batch in batches:
-        th._foreach_copy_(step.inputs, batch)
-        step.replay()
-        results.append([part.clone() for (part,) in step.results[1:]])
-    return StepResults(actions.to(th.int64, copy=True), *zip(*results, strict=True))
+def _as_it_is(tensor: th.Tensor) -> th.Tensor:
+    return tensor
 
 
 def _fields_of_a_batch(samples: Any) -> ReplayBufferSamples:
@@ -268,20 +307,10 @@ class GraphActing(FastActing):
         :param observations: s, shape (n_envs, ...), or such arrays by their names
         :return: Actions, shape (n_envs,)
         """
-        observations_here = to_tensors(observations)
-        tensors = named_tensors(observations_here)
-        kind = tuple((name, tensor.shape) for name, tensor in tensors.items())
-        captured = self._capturer.captured(kind, lambda: self._moved(observations_here), self._actions)
-        if captured is None:
-            return self._actions(self._moved(observations_here)).cpu().numpy()
-        for place, tensor in zip(captured.inputs, tensors.values(), strict=True):
-            place.copy_(tensor, non_blocking=True)
-        captured.replay()
-        return captured.results.cpu().numpy()
-
-    def _moved(self, observations: PyTorchObs) -> PyTorchObs:
-        moved: PyTorchObs = map_tensors(lambda tensor: tensor.to(self._capturer.device), observations)
-        return moved
+        tensors = to_tensors(observations)
+        kind = tuple((name, tensor.shape) for name, tensor in named_tensors(tensors).items())
+        actions: np.ndarray = self._capturer.do(kind, tensors, self._actions).cpu().numpy()
+        return actions
 
     def _actions(self, observations: PyTorchObs) -> th.Tensor:
         features = self.policy.q_net.extract_features(observations, self.policy.q_net.features_extractor)
