@@ -47,10 +47,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
-from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, metrics_of_results, rows_of
+from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans, stack_metrics
 from sb3_lecture_dqn.model_files import (
     MissingPolicyError,
@@ -674,10 +675,19 @@ class LectureDQN(OffPolicyAlgorithm):
             n_updates = min(gradient_steps, updates_at_once)
             gradient_steps -= n_updates
             # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-            samples = self._sample_batch(n_updates * batch_size)
-            rows = batch_size if is_uniform else len(samples.actions)  # what such a buffer gives is one batch, however large
+            samples = self._draw_batches(n_updates * batch_size, is_uniform and fast_update.takes_drawn_rows)
+            # what a buffer that we do not know gives is one batch, however large
+            rows = batch_size if is_uniform or isinstance(samples, DrawnRows) else len(samples.actions)
             results = fast_update.steps(samples, FastTargets(self.gamma), rows, self.max_grad_norm)
-            self._count_updates(n_updates, metrics_of_results, results)
+            self._count_updates(n_updates, fast_update.metrics_of, results)
+
+    def _draw_batches(self, n_rows: int, may_stay_there: bool) -> ReplayBufferSamples | DrawnRows:
+        """Several B, or which rows they are where D is on the device and its observations are not normalised."""
+        drawn_rows: DrawnRows | None = None
+        if may_stay_there and isinstance(self.replay_buffer, ContiguousReplayBuffer) and self._vec_normalize_env is None:
+            with numpy_draws_from(self.random_generator):
+                drawn_rows = self.replay_buffer.draw_there(n_rows)
+        return self._sample_batch(n_rows) if drawn_rows is None else drawn_rows
 
     # Metrics, and whether they can be right
 

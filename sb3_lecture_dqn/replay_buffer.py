@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_lecture_dqn.fast.device_copy import DeviceCopy, has_memory_of_its_own
+from sb3_lecture_dqn.fast.device_copy import DeviceCopy, DrawnRows, has_memory_of_its_own
 
 
 def _field(name: str) -> Any:
@@ -111,14 +111,32 @@ class ContiguousReplayBuffer(ReplayBuffer):
         self._device_copy.is_seen = is_seen  # SB3's own look at the arrays is not one from outside
         self._device_copy.n_new_rows += 1
 
+    def draw_there(self, batch_size: int) -> DrawnRows | None:
+        """
+        Draw as :meth:`sample` does, for somebody on the device who reads the transitions there.
+
+        :param batch_size: Number of transitions
+        :return: The rows; ``None`` where the records are not on the device, and before anything is drawn
+        """
+        records = self._device_copy.records(self) if has_memory_of_its_own(self.device) else None
+        if records is None:
+            return None
+        rows = np.random.randint(0, self.size(), size=batch_size)
+        return DrawnRows(th.from_numpy(self._with_environments(rows)), records)
+
+    def _with_environments(self, rows: np.ndarray) -> np.ndarray:
+        """Where the records of the rows are, of one environment each."""
+        if self.n_envs == 1:
+            return rows
+        return rows * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(rows))
+
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        if self.n_envs > 1:
-            batch_inds = batch_inds * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(batch_inds))
+        indices = self._with_environments(batch_inds)
         if env is None and has_memory_of_its_own(self.device):  # VecNormalize works on the host
-            batch_there = self._device_copy.rows(self, batch_inds)
-            if batch_there is not None:
-                return self._samples_there(batch_there)
-        batch = self._records.reshape(-1).take(batch_inds)
+            records_there = self._device_copy.records(self)
+            if records_there is not None:
+                return records_there.samples(th.from_numpy(indices).to(self.device))
+        batch = self._records.reshape(-1).take(indices)
         return ReplayBufferSamples(
             observations=self._to_device(_in_one_piece(self._normalize_obs(batch["observations"], env))),
             actions=self._to_device(batch["actions"]),
@@ -127,15 +145,10 @@ class ContiguousReplayBuffer(ReplayBuffer):
             rewards=self._to_device(self._normalize_reward(batch["rewards"][:, None], env)),
         )
 
-    def _samples_there(self, batch: dict[str, th.Tensor]) -> ReplayBufferSamples:
-        batch["dones"] = self._dones(batch)
-        # as on the host: an encoder may want to view its input in another shape
-        parts = {name: batch[name].contiguous() for name in FIELDS if name != "timeouts"}
-        return ReplayBufferSamples(**{**parts, "dones": parts["dones"][:, None], "rewards": parts["rewards"][:, None]})
-
-    def _dones(self, batch: Any) -> Any:
-        """d of records, or of tensors by the fields' names: not where a time limit was all that ended an episode, if asked."""
-        return batch["dones"] * (1 - batch["timeouts"]) if self.handle_timeout_termination else batch["dones"]
+    def _dones(self, batch: np.ndarray) -> np.ndarray:
+        """d of records: not where a time limit was all that ended an episode, if asked."""
+        dones: np.ndarray = batch["dones"] * (1 - batch["timeouts"]) if self.handle_timeout_termination else batch["dones"]
+        return dones
 
     def _to_device(self, array: Any) -> th.Tensor:
         tensor = th.from_numpy(array)  # the batch is a copy already

@@ -35,6 +35,14 @@ def sb3_logs_in_a_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> 
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu_unless_a_test_asks_for_it() -> Iterator[None]:
+    """SB3 takes a GPU by itself where there is one; what is tried here are small networks on the CPU, to the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(th.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_clean_generators() -> Iterator[None]:
     """One thread is fastest for networks of this size; and no test sees what another drew."""

@@ -43,9 +43,9 @@ def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
     written: list[int] = []
     write = DeviceCopy._write
 
-    def noted_write(device_copy: DeviceCopy, buffer: ContiguousReplayBuffer, start: int, end: int) -> None:
+    def noted_write(copy: DeviceCopy, buffer: ContiguousReplayBuffer, words: th.Tensor, start: int, end: int) -> None:
         written.append(end - start)
-        write(device_copy, buffer, start, end)
+        write(copy, buffer, words, start, end)
 
     monkeypatch.setattr(DeviceCopy, "_write", noted_write)
     monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda device: device != HOST)
@@ -56,7 +56,7 @@ def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def has_copy(buffer: ContiguousReplayBuffer) -> bool:
-    return buffer._device_copy._records is not None
+    return buffer._device_copy._copied is not None
 
 
 class Pair:
@@ -327,6 +327,6 @@ def test_a_checkpoint_is_no_look_from_outside_and_a_resumed_run_copies_all(
     assert copies[0] >= 200
     assert sum(copies) == resumed.num_timesteps
     resumed._sample_batch(1)
-    assert buffer._device_copy._records is not None
-    words = buffer._device_copy._records.cpu().numpy()
+    assert buffer._device_copy._copied is not None
+    words = buffer._device_copy._copied.words.cpu().numpy()
     assert np.array_equal(words.view(buffer._records.dtype), buffer._records)

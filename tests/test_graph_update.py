@@ -35,7 +35,6 @@ from both_paths import (
     trained_in_float64,
 )
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -43,10 +42,12 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sb3_lecture_dqn import LectureDQN, lecture_dqn
-from sb3_lecture_dqn.fast import graph, update
+from sb3_lecture_dqn import LectureDQN, lecture_dqn, replay_buffer
+from sb3_lecture_dqn.fast import device_copy, graph, update
 from sb3_lecture_dqn.fast.acting import to_tensors
+from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import Capturer, GraphActing, GraphUpdate, map_tensors
+from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
 T = TypeVar("T")
 
@@ -169,6 +170,8 @@ def captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(GraphActing, "device_type", "cpu")
         monkeypatch.setattr(lecture_dqn, "FastUpdate", GraphUpdate)
         monkeypatch.setattr(lecture_dqn, "FastActing", GraphActing)
+        monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda _: True)
+        monkeypatch.setattr(device_copy, "free_memory", lambda _: 10**8)
     return captures
 
 
@@ -265,15 +268,18 @@ def test_several_steps_of_a_training_call_are_replays_of_one_capture(captures: C
     assert [recording.n_replays for recording in captures.of_updates] == [12]
 
 
-def note_draws(replay_buffer: ReplayBuffer) -> list[ReplayBufferSamples]:
+def note_draws(buffer: ContiguousReplayBuffer) -> list[ReplayBufferSamples]:
+    """What is drawn on the device, read by the host."""
     draws: list[ReplayBufferSamples] = []
-    sample = replay_buffer.sample
+    draw_there = buffer.draw_there
 
-    def noted_sample(*args: Any, **kwargs: Any) -> ReplayBufferSamples:
-        draws.append(sample(*args, **kwargs))
-        return draws[-1]
+    def noted_draw(n_rows: int) -> DrawnRows | None:
+        drawn = draw_there(n_rows)
+        assert drawn is not None
+        draws.append(drawn.records.samples(drawn.indices.to(drawn.records.words.device)))
+        return drawn
 
-    replay_buffer.sample = noted_sample  # type: ignore[method-assign]
+    buffer.draw_there = noted_draw  # type: ignore[method-assign]
     return draws
 
 
@@ -293,7 +299,7 @@ def test_any_number_of_steps_is_made_of_graphs_of_one_two_four_or_more(
     kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "learning_rate": lambda progress: 1e-3 * progress}
     plain, fast = (make_model("vector", fast, **kwargs) for fast in (False, True))
     fill(fast, 10)
-    assert fast.replay_buffer is not None
+    assert isinstance(fast.replay_buffer, ContiguousReplayBuffer)
     draws = note_draws(fast.replay_buffer)
     for n, n_captures in ((1, 0), (2, 0), (3, 2), (7, 2), (7, 3), (8, 3), (20, 3), (20, 4), (13, 5), (0, 5)):
         draws.clear()
@@ -528,7 +534,7 @@ def test_there_is_no_graph_on_a_cpu() -> None:
     assert GraphActing.for_policy(model.policy) is None
 
 
-N_OPERATIONS = [(56, 188), (89, 330), (103, 386)]
+N_OPERATIONS = [(75, 192), (108, 291), (116, 320)]
 
 
 @pytest.mark.parametrize(("observations", "n_operations"), list(zip(OBSERVATIONS, N_OPERATIONS, strict=True)))

@@ -242,6 +242,18 @@ def test_a_run_with_two_gpus_goes_on_with_one(monkeypatch: pytest.MonkeyPatch) -
     assert restored == [["of the first"]]
 
 
+def test_a_process_that_has_not_used_cuda_is_not_asked_for_its_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was forked may not ask at all."""
+
+    def refuse() -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(th.cuda, "get_rng_state_all", refuse)
+    assert random_state()["cuda"] == []
+
+
 class Mirroring(LectureDQN):
     """A user's class that stores each transition three times, twice in a mirror."""
 

@@ -10,8 +10,6 @@ import torch as th
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_lecture_dqn.fast.device_copy import staged
-
 HOOKS_OF_ALL_OPTIMIZERS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 #: Methods that somebody may have put into an optimizer; PyTorch's learning-rate schedulers wrap ``step``.
 REPLACEABLE_METHODS = frozenset({"step", "zero_grad"})
@@ -65,8 +63,9 @@ def flatten(parameters: Sequence[th.Tensor]) -> th.Tensor:
     :param parameters: Parameters of one type, on one device
     :return: The flat tensor
     """
-    flat = th.cat([p.detach().reshape(-1) for p in parameters])
+    flat = parameters[0].new_empty(sum(parameter.numel() for parameter in parameters))
     for parameter, view in zip(parameters, views(flat, parameters), strict=True):
+        view.copy_(parameter.detach())
         parameter.data = view
     return flat
 
@@ -89,14 +88,18 @@ def unflatten(parameters: Sequence[th.Tensor], optimizer: th.optim.Optimizer) ->
 
 def views(flat: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
     """
-    The parts of a flat tensor in the shapes of parameters.
+    The parts of a flat tensor in the shapes of parameters, and in their order of dimensions in memory.
 
     :param flat: The flat tensor
     :param parameters: What gives the order and the shapes
     :return: Views of ``flat``
     """
     parts = th.split(flat, [p.numel() for p in parameters])
-    return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+    strides = [th.empty_like(p, device="meta").stride() for p in parameters]  # of a tensor without gaps
+    return [
+        part.as_strided(p.shape, stride, part.storage_offset())
+        for part, p, stride in zip(parts, parameters, strides, strict=True)
+    ]
 
 
 class FlatAdam:
@@ -190,19 +193,19 @@ class DeviceAdam(FlatAdam):
         What the next steps have to know: with the bias corrections 1 − β₁ᵗ and 1 − β₂ᵗ, a step is θ += a m / (√v + b).
 
         :param n_steps: How many they will be
-        :return: a and b of each step, shape (n_steps, 2), on the device
+        :return: a and b of each step, shape (n_steps, 2), on the host
         """
         group, (beta_1, beta_2) = self.optimizer.param_groups[0], self.betas
         counts = float(self.step_count) + np.arange(1, n_steps + 1)
         roots = np.sqrt(1 - beta_2**counts)
         both = np.stack([-group["lr"] * roots / (1 - beta_1**counts), group["eps"] * roots], axis=1)
-        return staged(th.from_numpy(both).to(self.theta.dtype), self.theta.device).to(self.theta.device, non_blocking=True)
+        return th.from_numpy(both).to(self.theta.dtype)
 
     def begin(self, coefficients: th.Tensor) -> None:
         """
         Before some steps.
 
-        :param coefficients: What :meth:`coefficients` gave for them, or the place where a captured step finds it
+        :param coefficients: What :meth:`coefficients` gave for them, on the device
         """
         self._coefficients = iter(coefficients)
 

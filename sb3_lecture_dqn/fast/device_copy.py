@@ -3,10 +3,11 @@
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 if TYPE_CHECKING:
     from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
@@ -27,13 +28,13 @@ def has_memory_of_its_own(device: th.device) -> bool:
 
 def staged(tensor: th.Tensor, device: th.device) -> th.Tensor:
     """
-    A tensor of the host in memory that a device reads by itself, so that nobody has to wait for the copy.
+    A tensor in memory that a device reads by itself, so that nobody has to wait when it is copied there.
 
     :param tensor: The tensor
     :param device: Where it goes, with ``non_blocking=True``
-    :return: It, or for a CUDA device a copy in pinned memory, which PyTorch keeps until CUDA has read it
+    :return: It, or of the host's for a CUDA device a copy in pinned memory, which PyTorch keeps until CUDA has read it
     """
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def free_memory(device: th.device) -> int:
@@ -44,6 +45,43 @@ def free_memory(device: th.device) -> int:
     :return: Bytes
     """
     return th.cuda.mem_get_info(device)[0]
+
+
+class CopiedRecords:
+    """
+    The records of a replay buffer on a device, as integers that are as large as their bytes allow: one read for many bytes.
+
+    :param words: The integers, shape (number of records, n)
+    :param record: The type of a record
+    :param handle_timeout_termination: Whether d is 0 where a time limit was all that ended an episode
+    """
+
+    def __init__(self, words: th.Tensor, record: np.dtype[Any], handle_timeout_termination: bool) -> None:
+        self.words, self.record, self.handle_timeout_termination = words, record, handle_timeout_termination
+
+    def samples(self, indices: th.Tensor) -> ReplayBufferSamples:
+        """
+        Some of the transitions.
+
+        :param indices: Which ones, on the device, shape (B,)
+        :return: These, each tensor in one piece, which an encoder may need
+        """
+        fields = _fields_of(self.words.index_select(0, indices), self.record)
+        dones = fields["dones"] * (1 - fields["timeouts"]) if self.handle_timeout_termination else fields["dones"]
+        return ReplayBufferSamples(
+            observations=fields["observations"].contiguous(),
+            actions=fields["actions"].contiguous(),
+            next_observations=fields["next_observations"].contiguous(),
+            dones=dones.contiguous()[:, None],
+            rewards=fields["rewards"].contiguous()[:, None],
+        )
+
+
+class DrawnRows(NamedTuple):
+    """Transitions that were drawn and not yet read: which rows of what."""
+
+    indices: th.Tensor
+    records: CopiedRecords
 
 
 class DeviceCopy:
@@ -65,56 +103,53 @@ class DeviceCopy:
         #: How many of the newest rows the copy lacks; infinite for all.
         self.n_new_rows = math.inf
         self._device: th.device | None = None
-        self._records: th.Tensor | None = None
+        self._copied: CopiedRecords | None = None
         self._own_references = 0
 
-    def rows(self, replay_buffer: "ContiguousReplayBuffer", indices: np.ndarray) -> dict[str, th.Tensor] | None:
+    def records(self, replay_buffer: "ContiguousReplayBuffer") -> CopiedRecords | None:
         """
-        Some of the rows, from the copy, which takes over what is new before that.
+        The copy, which takes over what is new before that.
 
         :param replay_buffer: The buffer
-        :param indices: Which rows of its records, one for each environment, shape (B,)
-        :return: For each field a tensor, shape (B, ...); ``None`` where somebody may have written into the arrays since, or
-            the device has no room
+        :return: The copy; ``None`` where somebody may have written into the arrays since, or the device has no room
         """
         if self._device != replay_buffer.device:
             self._begin(replay_buffer)
-        if self._records is None:
+        if self._copied is None:
             return None
         if self.is_seen or _references(vars(replay_buffer)) > self._own_references:
             self.is_seen, self.n_new_rows = False, math.inf
             return None
-        self._follow(replay_buffer)
-        indices_there = staged(th.from_numpy(indices), self._records.device).to(self._records.device, non_blocking=True)
-        return _fields_of(self._records.index_select(0, indices_there), replay_buffer._records.dtype)
+        self._follow(replay_buffer, self._copied.words)
+        return self._copied
 
     def _begin(self, replay_buffer: "ContiguousReplayBuffer") -> None:
         records = replay_buffer._records
         self._device, self.n_new_rows = replay_buffer.device, math.inf
-        self._records = _allocate(_words(records), self._device, self.largest_share) if _is_copyable(records.dtype) else None
+        words = _allocate(_words(records), self._device, self.largest_share) if _is_copyable(records.dtype) else None
+        handle_timeouts = replay_buffer.handle_timeout_termination
+        self._copied = None if words is None else CopiedRecords(words, records.dtype, handle_timeouts)
         self._own_references = _references(_alike(records.dtype))
 
-    def _follow(self, replay_buffer: "ContiguousReplayBuffer") -> None:
+    def _follow(self, replay_buffer: "ContiguousReplayBuffer", words: th.Tensor) -> None:
         end, size = replay_buffer.pos, replay_buffer.buffer_size
         start = end - int(min(self.n_new_rows, replay_buffer.size()))
-        self._write(replay_buffer, max(start, 0), end)
+        self._write(replay_buffer, words, max(start, 0), end)
         if start < 0:  # they begin at the end of the ring
-            self._write(replay_buffer, start + size, size)
+            self._write(replay_buffer, words, start + size, size)
         self.n_new_rows = 0
 
-    def _write(self, replay_buffer: "ContiguousReplayBuffer", start: int, end: int) -> None:
+    def _write(self, replay_buffer: "ContiguousReplayBuffer", words: th.Tensor, start: int, end: int) -> None:
         """Take over the rows from ``start`` to before ``end``, of all environments."""
-        assert self._records is not None
-        words, n_envs = _words(replay_buffer._records), replay_buffer.n_envs
+        words_here, n_envs = _words(replay_buffer._records), replay_buffer.n_envs
         n_at_once = max(self.bytes_at_once // replay_buffer._records.itemsize, 1)
         for first in range(start * n_envs, end * n_envs, n_at_once):
             rows = slice(first, min(first + n_at_once, end * n_envs))
-            new_words = staged(th.from_numpy(words[rows]), self._records.device)
-            self._records[rows].copy_(new_words, non_blocking=True)
+            words[rows].copy_(staged(th.from_numpy(words_here[rows]), words.device), non_blocking=True)
 
 
 def _words(records: np.ndarray) -> np.ndarray:
-    """The bytes of records as integers, as large as they may be, shape (number of records, n): one read for many bytes."""
+    """The bytes of records as integers, shape (number of records, n)."""
     n_bytes = math.gcd(records.dtype.itemsize, 8)
     return records.reshape(-1).view(f"i{n_bytes}").reshape(records.size, -1)
 

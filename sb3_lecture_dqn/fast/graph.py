@@ -10,7 +10,7 @@ of steps is made of a few graphs.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
@@ -23,8 +23,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
+from sb3_lecture_dqn.fast.device_copy import DrawnRows, staged
 from sb3_lecture_dqn.fast.head import forward, gradient_of
-from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, StepResults, TargetsOf
+from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
 Inputs = TypeVar("Inputs")
@@ -95,7 +96,8 @@ class Capturer(Generic[Results]):
             self._capture(inputs, work)
         if self._captured is None:
             return work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
-        th._foreach_copy_(self._captured.inputs, list(named_tensors(inputs).values()), non_blocking=True)
+        new_contents = [staged(tensor, self.device) for tensor in named_tensors(inputs).values()]
+        th._foreach_copy_(self._captured.inputs, new_contents, non_blocking=True)
         self._captured.replay()
         return self._captured.results
 
@@ -154,21 +156,22 @@ def has_known_encoder(policy: LectureDQNPolicy) -> bool:
 
 
 class StepInputs(NamedTuple):
-    """What some steps are made of: their batches, one after the other, and what Adam has to know of each."""
+    """What some steps are made of: their batches one after the other, or which rows these are, and what Adam has to know."""
 
-    samples: ReplayBufferSamples
+    batches: Any  # ReplayBufferSamples or indices
     coefficients: th.Tensor
 
-    def of_steps(self, steps: slice) -> "StepInputs":
+    def of_steps(self, first: int, n_steps: int, batch_size: int) -> "StepInputs":
         """
         What some of the steps are made of.
 
-        :param steps: Which ones
+        :param first: The first of them
+        :param n_steps: How many they are
+        :param batch_size: B
         :return: This
         """
-        batch_size = len(self.samples.actions) // len(self.coefficients)
-        rows = slice(steps.start * batch_size, steps.stop * batch_size)
-        return StepInputs(map_tensors(itemgetter(rows), self.samples), self.coefficients[steps])
+        rows = slice(first * batch_size, (first + n_steps) * batch_size)
+        return StepInputs(map_tensors(itemgetter(rows), self.batches), self.coefficients[first : first + n_steps])
 
 
 def powers_of_two(n: int) -> list[int]:
@@ -190,12 +193,16 @@ class GraphUpdate(FastUpdate):
     """
 
     device_type: ClassVar[str] = "cuda"
+    takes_drawn_rows: ClassVar[bool] = True
 
     adam: DeviceAdam
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
+        for q_net in (policy.q_net, policy.q_net_target):  # a GPU convolves images whose channels lie side by side
+            q_net.features_extractor.to(memory_format=th.channels_last)  # type: ignore[call-overload]
         super().__init__(policy, optimizer)
-        self._capturers: dict[int, Capturer[list[th.Tensor]]] = defaultdict(partial(Capturer, self.theta.device))
+        # for each number of steps, of batches that are drawn there and of others
+        self._capturers: dict[tuple[int, bool], Capturer[th.Tensor]] = defaultdict(partial(Capturer, self.theta.device))
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> FastUpdate | None:
@@ -219,37 +226,49 @@ class GraphUpdate(FastUpdate):
         return False
 
     def steps(
-        self, samples: ReplayBufferSamples, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
-    ) -> StepResults:
+        self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
+    ) -> th.Tensor:
         """
         Gradient steps as :meth:`FastUpdate.steps` makes them.
 
         The first steps of a kind are made one operation after the other, as a CUDA graph needs it; the next are captured.
 
-        :param samples: The transitions of all batches, one batch after the other
+        :param samples: The transitions of all batches, one batch after the other, or which they are
         :param targets_of: Gives the targets of some of the rows
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
-        :return: What :func:`~sb3_lecture_dqn.fast.update.metrics_of_results` needs
+        :return: The four metrics of each step, shape (4, n_updates)
         """
-        n_steps = len(samples.actions) // batch_size
-        inputs = StepInputs(_fields_of_a_batch(samples), self.adam.coefficients(n_steps))
+        records = samples.records if isinstance(samples, DrawnRows) else None
+        batches = samples.indices if isinstance(samples, DrawnRows) else _fields_of_a_batch(samples)
+        n_steps = len(batches if isinstance(batches, th.Tensor) else batches.actions) // batch_size
+        inputs = StepInputs(batches, self.adam.coefficients(n_steps))
         formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(inputs).items())
-        kind = (targets_of, batch_size, max_grad_norm, self.adam.betas, formats)
+        kind = (records, targets_of, batch_size, max_grad_norm, self.adam.betas, formats)
 
-        def steps(inputs: StepInputs) -> list[th.Tensor]:
+        def steps(inputs: StepInputs) -> th.Tensor:
             self.adam.begin(inputs.coefficients)
-            _, *results = super(GraphUpdate, self).steps(inputs.samples, targets_of, batch_size, max_grad_norm)
-            return [th.stack(list(parts)) for parts in results]
+            batches = inputs.batches if records is None else records.samples(inputs.batches)
+            results = super(GraphUpdate, self).steps(batches, targets_of, batch_size, max_grad_norm)
+            return th.stack(metrics_of_results([results]))
 
+        metrics: list[th.Tensor] = []
         sizes = powers_of_two(n_steps)
-        ends = accumulate(sizes)
-        parts = [inputs.of_steps(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        results = [self._capturers[size].do(kind, part, steps) for size, part in zip(sizes, parts, strict=True)]
+        for size, end in zip(sizes, accumulate(sizes), strict=True):
+            part = inputs.of_steps(end - size, size, batch_size)
+            metrics.append(self._capturers[size, records is None].do(kind, part, steps))
         self.adam.end(n_steps)
-        # copies, because the next replay overwrites what it leaves
-        q_values, targets, squared_norms = (th.cat(parts).unbind() for parts in zip(*results, strict=True))
-        return StepResults(samples.actions.to(th.int64, copy=True), q_values, targets, squared_norms)
+        return th.cat(metrics, dim=1)  # a copy: the next replay overwrites what it leaves
+
+    @staticmethod
+    def metrics_of(results: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+        """
+        The metrics of training calls.
+
+        :param results: What :meth:`steps` gave for each
+        :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
+        """
+        return th.cat(list(results), dim=1).unbind()
 
     def _targets(
         self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int

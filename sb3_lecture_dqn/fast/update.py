@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
 from sb3_lecture_dqn.fast.adam import FlatAdam, flatten, has_one_step_count, is_in_shared_memory, is_plain_adam, views
+from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
@@ -144,6 +145,8 @@ class FastUpdate:
 
     #: Where the parameters have to be.
     device_type: ClassVar[str] = "cpu"
+    #: Whether transitions may be left to be read where they are.
+    takes_drawn_rows: ClassVar[bool] = False
     #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
     rows_ahead: ClassVar[int] = 384
 
@@ -243,8 +246,8 @@ class FastUpdate:
         return forward(self.target_head, self._features(self.policy.q_net_target, next_observations))
 
     def steps(
-        self, samples: ReplayBufferSamples, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
-    ) -> StepResults:
+        self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
+    ) -> Any:
         """
         Gradient steps on the mean of (Q(s, a, θ) − target)², one for each batch.
 
@@ -252,8 +255,9 @@ class FastUpdate:
         :param targets_of: Gives the targets of some of the rows
         :param batch_size: B
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
-        :return: What :func:`metrics_of_results` needs
+        :return: What :meth:`metrics_of` needs
         """
+        assert not isinstance(samples, DrawnRows)  # see takes_drawn_rows
         observations, actions = samples.observations, samples.actions
         # an operation takes less of it, but nothing of an encoder may come out of it that autograd sees later
         with th.inference_mode() if self.has_vector_observations else th.no_grad():
@@ -267,6 +271,16 @@ class FastUpdate:
             batches = zip(inputs_of_batches, selections, targets, strict=True)
             results = [self._step(*batch, max_grad_norm) for batch in batches]
         return StepResults(actions, *zip(*results, strict=True))
+
+    @staticmethod
+    def metrics_of(results: Sequence[Any]) -> Sequence[th.Tensor]:
+        """
+        The metrics of training calls.
+
+        :param results: What :meth:`steps` gave for each
+        :return: As of :func:`metrics_of_results`
+        """
+        return metrics_of_results(results)
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
