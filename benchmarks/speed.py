@@ -85,11 +85,12 @@ def steps_per_second(model: Any, steps: int) -> Callable[[], float]:
     return one_round
 
 
-def train(peer: str) -> Callable[[], float]:
+def train(peer: str, device: str = "cpu") -> Callable[[], float]:
     """LunarLander-v3 with the zoo's settings."""
     import gymnasium
 
-    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **LUNAR_LANDER), 1_000)
+    settings = {**LUNAR_LANDER, "device": device}
+    return steps_per_second(algorithm(peer)("MlpPolicy", gymnasium.make("LunarLander-v3"), seed=0, **settings), 1_000)
 
 
 def collect(peer: str) -> Callable[[], float]:
@@ -200,6 +201,11 @@ def sample(peer: str) -> Callable[[], float]:
     return one_round
 
 
+def train_on_cuda(peer: str) -> Callable[[], float]:
+    """The same training on a CUDA device."""
+    return train(peer, "cuda")
+
+
 def on_cuda(batch_size: int, pixels: bool, steps: int) -> Callable[[str], Callable[[], float]]:
     """Gradient steps on a CUDA device, so many in a round."""
     return lambda peer: gradient_step(peer, batch_size, "cuda", pixels, steps)
@@ -212,6 +218,7 @@ ROWS = {
     "collect": Row("greedy collection, one environment", "env steps/s", ("lecture_dqn", "sb3"), collect),
     "robo_parking": Row("RoboParking-v0, 64 environments", "env steps/s", ("lecture_dqn", "sb3"), robo_parking),
     "sample": Row("128 of 1 000 000 transitions", "batches/s", ("lecture_dqn", "sb3"), sample),
+    "cuda_train": Row("CUDA, LunarLander-v3, the zoo's settings", "env steps/s", ("lecture_dqn", "sb3"), train_on_cuda),
     "cuda_mlp_128": Row("CUDA, MLP, batch 128", "steps/s", ("lecture_dqn", "sb3"), on_cuda(128, False, 2_000)),
     "cuda_mlp_4096": Row("CUDA, MLP, batch 4096", "steps/s", ("lecture_dqn", "sb3"), on_cuda(4096, False, 2_000)),
     "cuda_cnn_128": Row("CUDA, Nature CNN, batch 128", "steps/s", ("lecture_dqn", "sb3"), on_cuda(128, True, 400)),

@@ -48,7 +48,7 @@ from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
-from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate
+from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate, lay_out_for_device
 from sb3_lecture_dqn.fast.head import is_own_method
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, rows_of
@@ -315,6 +315,7 @@ class LectureDQN(OffPolicyAlgorithm):
         self._set_default_replay_buffer_class()
         self._set_default_done_flag()
         self._make_policy_and_buffer()
+        lay_out_for_device(self.policy)
 
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])

@@ -37,7 +37,7 @@ from both_paths import (
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -254,6 +254,27 @@ def test_one_float32_update_agrees_at_100_points_of_a_real_run(captures: Capture
             del model._sample_batch  # type: ignore[method-assign]
         assert largest_difference(plain, run) < 1e-6
     assert isinstance(run._fast_update, GraphUpdate)
+
+
+class UsersCnn(NatureCNN):
+    """May view images in another shape."""
+
+
+@pytest.mark.parametrize(("encoder", "is_known"), [(NatureCNN, True), (UsersCnn, False)])
+def test_convolutions_are_laid_out_for_a_gpu_and_saved_for_any_device(
+    captures: Captures, tmp_path: Path, encoder: type[NatureCNN], is_known: bool
+) -> None:
+    model = make_float32_model("CnnPolicy", IMAGES, policy_kwargs={"features_extractor_class": encoder})
+    for _ in range(3):
+        model.train(1, 8)
+    weight = dict(model.q_net.named_parameters())["features_extractor.cnn.2.weight"]
+    assert weight.is_contiguous(memory_format=th.channels_last) == (is_known and model.device.type == "cuda")
+    model.save(tmp_path / "model")
+    loaded = LectureDQN.load(tmp_path / "model", device="cpu")
+    observations = observations_of(IMAGES, 4)
+    q_values, same_q_values = (m.q_net(m.policy.obs_to_tensor(observations)[0]) for m in (model, loaded))
+    assert dict(loaded.q_net.named_parameters())["features_extractor.cnn.2.weight"].is_contiguous()
+    assert th.allclose(q_values.cpu(), same_q_values, atol=1e-3)
 
 
 def trained_model(**kwargs: Any) -> LectureDQN:

@@ -26,17 +26,6 @@ def has_memory_of_its_own(device: th.device) -> bool:
     return device.type == "cuda"
 
 
-def staged(tensor: th.Tensor, device: th.device) -> th.Tensor:
-    """
-    A tensor in memory that a device reads by itself, so that nobody has to wait when it is copied there.
-
-    :param tensor: The tensor
-    :param device: Where it goes, with ``non_blocking=True``
-    :return: It, or of the host's for a CUDA device a copy in pinned memory, which PyTorch keeps until CUDA has read it
-    """
-    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-
-
 def free_memory(device: th.device) -> int:
     """
     The memory that nobody uses.
@@ -145,7 +134,8 @@ class DeviceCopy:
         n_at_once = max(self.bytes_at_once // replay_buffer._records.itemsize, 1)
         for first in range(start * n_envs, end * n_envs, n_at_once):
             rows = slice(first, min(first + n_at_once, end * n_envs))
-            words[rows].copy_(staged(th.from_numpy(words_here[rows]), words.device), non_blocking=True)
+            # CUDA has read what is not in pinned memory when this returns
+            words[rows].copy_(th.from_numpy(words_here[rows]), non_blocking=True)
 
 
 def _words(records: np.ndarray) -> np.ndarray:

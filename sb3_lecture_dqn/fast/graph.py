@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
-from sb3_lecture_dqn.fast.device_copy import DrawnRows, staged
+from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.head import forward, gradient_of
 from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
@@ -96,8 +96,8 @@ class Capturer(Generic[Results]):
             self._capture(inputs, work)
         if self._captured is None:
             return work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
-        new_contents = [staged(tensor, self.device) for tensor in named_tensors(inputs).values()]
-        th._foreach_copy_(self._captured.inputs, new_contents, non_blocking=True)
+        # CUDA has read what is not in pinned memory when this returns; to pin it would take longer
+        th._foreach_copy_(self._captured.inputs, list(named_tensors(inputs).values()), non_blocking=True)
         self._captured.replay()
         return self._captured.results
 
@@ -155,6 +155,18 @@ def has_known_encoder(policy: LectureDQNPolicy) -> bool:
     return all(type(module) in MODELESS_MODULES for module in policy.q_net.features_extractor.modules())
 
 
+def lay_out_for_device(policy: LectureDQNPolicy) -> None:
+    """
+    Let an encoder's convolutions keep the channels of their weights side by side, as a GPU wants them, and give such images.
+
+    An encoder that we do not know stays as it is: it may want to view them in another shape.
+
+    :param policy: The policy
+    """
+    if policy.device.type == "cuda" and has_known_encoder(policy):
+        policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+
+
 class StepInputs(NamedTuple):
     """What some steps are made of: their batches one after the other, or which rows these are, and what Adam has to know."""
 
@@ -198,8 +210,6 @@ class GraphUpdate(FastUpdate):
     adam: DeviceAdam
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
-        for q_net in (policy.q_net, policy.q_net_target):  # a GPU convolves images whose channels lie side by side
-            q_net.features_extractor.to(memory_format=th.channels_last)  # type: ignore[call-overload]
         super().__init__(policy, optimizer)
         # for each number of steps, of batches that are drawn there and of others
         self._capturers: dict[tuple[int, bool], Capturer[th.Tensor]] = defaultdict(partial(Capturer, self.theta.device))
