@@ -225,8 +225,6 @@ class LectureDQN(OffPolicyAlgorithm):
     }
     # Gradient steps between two reads of the training metrics from the device.
     metrics_interval: ClassVar[int] = 100
-    # Transitions that the fast update samples at once: enough for long matrix products, few enough for the cache.
-    rows_at_once: ClassVar[int] = 1024
 
     action_space: spaces.Discrete
     exploration_schedule: Schedule
@@ -671,7 +669,7 @@ class LectureDQN(OffPolicyAlgorithm):
     def _fast_updates(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         # Another buffer may mean something by a batch, as HER does, whose batches begin with the goals that are not changed.
         is_uniform = type(self.replay_buffer) in UNIFORM_BUFFERS and is_own_method(self, "_sample_batch", LectureDQN)
-        updates_at_once = max(self.rows_at_once // batch_size, 1) if is_uniform else 1
+        updates_at_once = max(fast_update.rows_at_once // batch_size, 1) if is_uniform else 1
         while gradient_steps > 0:
             n_updates = min(gradient_steps, updates_at_once)
             gradient_steps -= n_updates

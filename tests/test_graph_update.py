@@ -35,6 +35,7 @@ from both_paths import (
     trained_in_float64,
 )
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
@@ -289,8 +290,9 @@ def test_several_steps_of_a_training_call_are_replays_of_one_capture(captures: C
     assert [recording.n_replays for recording in captures.of_updates] == [12]
 
 
-def note_draws(buffer: ContiguousReplayBuffer) -> list[ReplayBufferSamples]:
-    """What is drawn on the device, read by the host."""
+def note_draws(buffer: ReplayBuffer | None) -> list[ReplayBufferSamples]:
+    """What is drawn to be read on the device, as it is there."""
+    assert isinstance(buffer, ContiguousReplayBuffer)
     draws: list[ReplayBufferSamples] = []
     draw_there = buffer.draw_there
 
@@ -320,7 +322,6 @@ def test_any_number_of_steps_is_made_of_graphs_of_one_two_four_or_more(
     kwargs: dict[str, Any] = {"max_grad_norm": max_grad_norm, "learning_rate": lambda progress: 1e-3 * progress}
     plain, fast = (make_model("vector", fast, **kwargs) for fast in (False, True))
     fill(fast, 10)
-    assert isinstance(fast.replay_buffer, ContiguousReplayBuffer)
     draws = note_draws(fast.replay_buffer)
     for n, n_captures in ((1, 0), (2, 0), (3, 2), (7, 2), (7, 3), (8, 3), (20, 3), (20, 4), (13, 5), (0, 5)):
         draws.clear()
@@ -334,6 +335,16 @@ def test_any_number_of_steps_is_made_of_graphs_of_one_two_four_or_more(
             model._current_progress_remaining -= 0.05
     assert fast._n_updates == 81
     assert {**fast._training_metrics.pop()} == pytest.approx({**plain._training_metrics.pop()}, rel=1e-9)
+
+
+@pytest.mark.parametrize(("policy", "space", "n_drawn"), [(*OBSERVATIONS[0], 64), (*OBSERVATIONS[1], 4)])
+def test_batches_of_images_are_drawn_for_fewer_steps_at_once(
+    captures: Captures, policy: str, space: spaces.Space[Any], n_drawn: int
+) -> None:
+    model = make_float32_model(policy, space)
+    draws = note_draws(model.replay_buffer)
+    model.train(65, 256)
+    assert [len(draw.actions) // 256 for draw in draws] == [n_drawn] * (65 // n_drawn) + [1]
 
 
 def slices_of(draw: ReplayBufferSamples) -> list[slice]:

@@ -231,6 +231,11 @@ class GraphUpdate(FastUpdate):
         return DeviceAdam(optimizer, self.theta, self.gradient)
 
     @property
+    def rows_at_once(self) -> int:
+        """Transitions that are drawn at once: what the host does is then little beside the GPU; images need much memory."""
+        return 1024 if self.encodes_in_steps else 2**14
+
+    @property
     def may_use_second_thread(self) -> bool:
         """Never: the GPU does the work."""
         return False

@@ -222,6 +222,11 @@ class FastUpdate:
         )
 
     @property
+    def rows_at_once(self) -> int:
+        """Transitions that are drawn at once: enough for long matrix products, few enough for the cache."""
+        return 1024
+
+    @property
     def may_use_second_thread(self) -> bool:
         """Whether two threads may share an update, which an encoder that we do not know may not bear."""
         return not self.needs_training_mode
