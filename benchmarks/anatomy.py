@@ -9,10 +9,12 @@ Where the time of a training step goes, beside SB3's DQN, and how it grows with 
     python benchmarks/anatomy.py second      # without and with the second thread, idle and with one core busy
     python benchmarks/anatomy.py envs        # number of environments
     python benchmarks/anatomy.py choices     # what was chosen beside what was not
+    python benchmarks/anatomy.py cuda        # the same on a CUDA device
 
 Figures are microseconds, or rates; ratios within one table are what they are for. ``parts``, ``growth`` and ``choices`` give
 the smallest of several medians of one thread's own time, whatever else the machine does; ``threads`` and ``second`` give what
-one waits for, the former on average and the latter as a median; ``envs`` gives the best of three rates.
+one waits for, the former on average and the latter as a median; ``envs`` gives the best of three rates. All of these are on
+the CPU. ``cuda`` gives averages, of what one waits for or, of Adam and the Nature CNN, of what the device does.
 """
 
 import argparse
@@ -27,16 +29,27 @@ from speed import busy_core, products_of_a_step
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs import GymVectorVecEnv
 from sb3_lecture_dqn.fast import threads
 from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.adam import FlatAdam
+from sb3_lecture_dqn.fast.graph import Capturer, capture
 from sb3_lecture_dqn.fast.head import backward, forward, forward_for_backward
 from sb3_lecture_dqn.fast.second_thread import SecondThread
 
-SETTINGS = {"learning_starts": 0, "buffer_size": 50_000, "batch_size": 128, "gradient_steps": 4, "train_freq": 4, "seed": 0}
+SETTINGS = {
+    "learning_starts": 0,
+    "buffer_size": 50_000,
+    "batch_size": 128,
+    "gradient_steps": 4,
+    "train_freq": 4,
+    "seed": 0,
+    "device": "cpu",
+}
 
 
 def microseconds(work: Callable[[], object], repeat: int = 50, rounds: int = 7) -> float:
@@ -210,7 +223,7 @@ def _steps_per_second(algorithm: type[Any], env: Any, n_envs: int) -> float:
 
 def step_of_cart_pole(algorithm: type[Any]) -> float:
     """A step in the vector environment that an algorithm makes of CartPole, always the same action."""
-    env = algorithm("MlpPolicy", "CartPole-v1", buffer_size=1).get_env()
+    env = algorithm("MlpPolicy", "CartPole-v1", buffer_size=1, device="cpu").get_env()
     env.reset()
     actions = np.array([0])
     return microseconds(lambda: env.step(actions))
@@ -218,7 +231,7 @@ def step_of_cart_pole(algorithm: type[Any]) -> float:
 
 def acting_on_a_dictionary(algorithm: type[Any]) -> float:
     """A greedy action from an image and a vector."""
-    model = algorithm("MultiInputPolicy", SimpleMultiObsEnv(), buffer_size=100)
+    model = algorithm("MultiInputPolicy", SimpleMultiObsEnv(), buffer_size=100, device="cpu")
     observations = model.env.reset()
     if algorithm is LectureDQN:
         acting = FastActing.for_policy(model.policy)
@@ -255,6 +268,74 @@ def print_choices() -> None:
             "a step of CartPole-v1 in a vector environment of one": step_of_cart_pole(LectureDQN),
             "a step of CartPole-v1 in SB3's vector environment": step_of_cart_pole(DQN),
         }
+    print_costs(costs)
+
+
+def waited_for(work: Callable[[], object], repeat: int = 200) -> float:
+    """The time of one call, and of what it leaves the CUDA device to do."""
+    for _ in range(20):
+        work()
+    th.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    th.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - start) / repeat
+
+
+def on_device(work: Callable[[], object], repeat: int = 20) -> float:
+    """What a CUDA device takes, without the host: the time of one of many calls in a graph."""
+    device = th.device("cuda")
+    for _ in range(3):
+        work()
+    th.cuda.synchronize()
+    replay, _ = capture(lambda: [work() for _ in range(repeat)], device)
+    return waited_for(replay, 20) / repeat
+
+
+def of_nature_cnn(memory_format: th.memory_format, n_images: int) -> float:
+    """Forward and backward through SB3's encoder for images."""
+    space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    encoder: Any = NatureCNN(space).to("cuda").to(memory_format=memory_format)
+    images = th.rand(n_images, *space.shape, device="cuda")
+    gradient, parameters = th.randn(n_images, 512, device="cuda"), list(encoder.parameters())
+    return on_device(lambda: th.autograd.grad(encoder(images), parameters, gradient), 4)
+
+
+def print_cuda() -> None:
+    """What was chosen beside what was not, on a CUDA device."""
+    if not th.cuda.is_available():
+        raise SystemExit("there is no CUDA device")
+    model = trained(LectureDQN, device="cuda")
+    update, acting, observation = model._current_fast_update(), model._fast_acting, model.env.reset()
+    adam = update.adam
+    fused = FlatAdam(th.optim.Adam(model.q_net.parameters()), update.theta, update.gradient)
+    fused.step_count = th.ones((), device="cuda")
+    coefficients = adam.coefficients(1).to("cuda")
+
+    def step_of_adam() -> None:
+        adam.begin(coefficients)
+        adam.step()
+
+    costs = {
+        "a gradient step: four in a graph": waited_for(lambda: model.train(4, 128)) / 4,
+        "a gradient step: one in a graph": waited_for(lambda: model.train(1, 128)),
+        "acting: a graph": waited_for(lambda: acting.greedy_actions(observation)),
+        "acting: SB3's predict": waited_for(lambda: model.policy.predict(observation, deterministic=True)),
+        "Adam: plain operations": on_device(step_of_adam),
+        "Adam: the fused kernel": on_device(fused.step),
+    }
+    for n_images in (128, 4096):
+        kinds = {"channels side by side": th.channels_last, "channels apart": th.contiguous_format}
+        costs |= {f"Nature CNN, {n_images} images: {name}": of_nature_cnn(kind, n_images) for name, kind in kinds.items()}
+    Capturer.can_capture = False
+    model = trained(LectureDQN, device="cuda")
+    costs["a gradient step: operation by operation"] = waited_for(lambda: model.train(4, 128)) / 4
+    print_costs(costs)
+
+
+def print_costs(costs: dict[str, float]) -> None:
+    """A table of microseconds."""
     print("| | µs |\n|---|---|")
     for choice, cost in costs.items():
         print(f"| {choice} | {cost:.0f} |")
@@ -269,6 +350,7 @@ def main() -> None:
         "second": print_second_thread,
         "envs": print_envs,
         "choices": print_choices,
+        "cuda": print_cuda,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=list(tables))

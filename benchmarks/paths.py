@@ -34,16 +34,16 @@ class PlainLectureDQN(LectureDQN):
         return None
 
 
-def learning_curve(run: tuple[str, str, int, int, int]) -> list[float]:
+def learning_curve(run: tuple[str, str, str, int, int, int]) -> list[float]:
     """The mean greedy returns of one run at evenly spaced points."""
-    path, env_id, steps, points, seed = run
+    path, env_id, device, steps, points, seed = run
     th.set_num_threads(1)
     env = make_vec_env(env_id, seed=seed)
     evaluation_env = make_vec_env(env_id, seed=10_000 + seed)
     with mock.patch.object(FastActing, "for_policy", FastActing.for_policy if path == "fast" else lambda policy: None):
         arguments: dict[str, Any] = {} if path == "fast" else {"replay_buffer_class": ReplayBuffer}
         algorithm = LectureDQN if path == "fast" else PlainLectureDQN
-        model = algorithm("MlpPolicy", env, seed=seed, **SETTINGS, **arguments)
+        model = algorithm("MlpPolicy", env, seed=seed, device=device, **SETTINGS, **arguments)
         curve = []
         for _ in range(points):
             model.learn(steps // points, reset_num_timesteps=False)
@@ -62,15 +62,15 @@ def main() -> None:
     """Run all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="CartPole-v1", help="environment id")
+    parser.add_argument("--device", default="cpu", help="PyTorch's device")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--points", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     paths = ("fast", "plain")
-    runs = [
-        (path, arguments.env, arguments.steps, arguments.points, seed) for path in paths for seed in range(arguments.seeds)
-    ]
+    settings = (arguments.env, arguments.device, arguments.steps, arguments.points)
+    runs = [(path, *settings, seed) for path in paths for seed in range(arguments.seeds)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         curves = np.array(list(pool.map(learning_curve, runs))).reshape(2, arguments.seeds, arguments.points)
     print("| steps | fast: mean (95 %) | plain: mean (95 %) | intervals overlap |\n|---|---|---|---|")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anatomy
 import fuzz_files
 import kills
 import numpy as np
@@ -200,6 +201,12 @@ def test_all_rows_but_cudas_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     for name, row in speed.ROWS.items():
         with pytest.raises(MadeOnError, match="^cuda$" if name.startswith("cuda") else "^cpu$"):
             row.rounds_of("sb3")
+
+
+def test_the_table_of_a_cuda_device_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["anatomy.py", "cuda"])
+    with pytest.raises(SystemExit, match=r"^there is no CUDA device$"):
+        anatomy.main()
 
 
 def test_a_busy_core_is_free_again_when_the_benchmark_is_killed() -> None:
