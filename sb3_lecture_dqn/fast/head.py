@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch as th
 from torch import nn
 
+from sb3_lecture_dqn.fast.products import LinearTensors, affine, inputs_gradient, write_gradients
 from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
 from sb3_lecture_dqn.policies import QNetwork
 
@@ -27,14 +28,6 @@ _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
 _leaky_relu_backward = th.ops.aten.leaky_relu_backward.grad_input
 
 # Tensors stand here instead of modules: asking a module for a parameter takes as long as a small operation.
-
-
-class LinearTensors(NamedTuple):
-    """Of a Linear layer; the transpose is a view."""
-
-    weight: th.Tensor
-    transposed_weight: th.Tensor
-    bias: th.Tensor
 
 
 class LayerNormTensors(NamedTuple):
@@ -117,8 +110,7 @@ def _is_full_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _linear_tensors(layer: nn.Linear, tensor_of: Callable[[th.Tensor], th.Tensor]) -> LinearTensors:
-    weight = tensor_of(layer.weight)
-    return LinearTensors(weight, weight.t(), tensor_of(layer.bias))
+    return LinearTensors.of(tensor_of(layer.weight), tensor_of(layer.bias))
 
 
 def _layer_norm_tensors(layer: nn.LayerNorm, tensor_of: Callable[[th.Tensor], th.Tensor]) -> LayerNormTensors:
@@ -225,11 +217,11 @@ def forward(head: Head, features: th.Tensor) -> th.Tensor:
     :return: The Q values, shape (B, |A|)
     """
     for linear, layer_norm, negative_slope in head.hidden_layers:
-        features = th.addmm(linear.bias, features, linear.transposed_weight)
+        features = affine(linear, features)
         if layer_norm is not None:
             features, _, _ = _normalise(features, layer_norm)
         nn.functional.leaky_relu_(features, negative_slope)
-    return th.addmm(head.final_layer.bias, features, head.final_layer.transposed_weight)
+    return affine(head.final_layer, features)
 
 
 def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
@@ -242,15 +234,14 @@ def forward_for_backward(head: Head, features: th.Tensor) -> HeadPass:
     """
     inputs, linear_outputs, means_and_rstds = [features], [], []
     for linear, layer_norm, negative_slope in head.hidden_layers:
-        output = th.addmm(linear.bias, inputs[-1], linear.transposed_weight)
+        output = affine(linear, inputs[-1])
         mean_and_rstd: list[th.Tensor] = []
         linear_outputs.append(output)
         if layer_norm is not None:
             output, *mean_and_rstd = _normalise(output, layer_norm)
         means_and_rstds.append(mean_and_rstd)
         inputs.append(nn.functional.leaky_relu_(output, negative_slope))
-    q_values = th.addmm(head.final_layer.bias, inputs[-1], head.final_layer.transposed_weight)
-    return HeadPass(inputs, linear_outputs, means_and_rstds, q_values)
+    return HeadPass(inputs, linear_outputs, means_and_rstds, affine(head.final_layer, inputs[-1]))
 
 
 def backward(
@@ -267,17 +258,17 @@ def backward(
     :param second_thread: What computes the weights' gradients while this goes on with the layers below
     :return: The gradient of the features, shape (B, features_dim), if needed
     """
-    _linear_gradients(gradients.final_layer, forward_pass.inputs[-1], gradient)
-    gradient = th.mm(gradient, head.final_layer.weight)
+    write_gradients(gradients.final_layer, forward_pass.inputs[-1], gradient)
+    gradient = inputs_gradient(head.final_layer, gradient)
     tasks: list[Task[None]] = []
     try:
         for index in reversed(range(len(head.hidden_layers))):
             layer, layer_gradients = head.hidden_layers[index], gradients.hidden_layers[index]
             gradient = _backward_to_linear(layer, layer_gradients, forward_pass, index, gradient)
-            linear_gradients = partial(_linear_gradients, layer_gradients.linear, forward_pass.inputs[index], gradient)
+            linear_gradients = partial(write_gradients, layer_gradients.linear, forward_pass.inputs[index], gradient)
             if index > 0 or needs_features:
                 tasks.append(second_thread.start(linear_gradients))
-                gradient = th.mm(gradient, layer.linear.weight)
+                gradient = inputs_gradient(layer.linear, gradient)
             else:
                 linear_gradients()
     finally:  # so that nobody writes into the gradients later, even if this was interrupted
@@ -310,8 +301,3 @@ def _backward_to_linear(
 
 def _normalise(inputs: th.Tensor, layer_norm: LayerNormTensors) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     return th.native_layer_norm(inputs, layer_norm.shape, layer_norm.weight, layer_norm.bias, layer_norm.epsilon)
-
-
-def _linear_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Tensor) -> None:
-    th.mm(gradient.t(), inputs, out=gradients.weight)
-    th.sum(gradient, dim=0, out=gradients.bias)
