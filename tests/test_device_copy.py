@@ -115,6 +115,34 @@ def test_batches_are_those_of_the_host_before_and_after_the_ring_is_full(
     assert all(part.is_contiguous() for part in pair.samples()[0] if part is not None)  # an encoder may need that
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_what_is_drawn_to_be_read_on_the_device_are_the_same_transitions(n_envs: int) -> None:
+    pair = Pair(n_envs=n_envs)
+    for n_steps in (5, 50):
+        pair.add(n_steps)
+        np.random.seed(1)
+        drawn = pair.with_copy.draw_there(40)
+        assert drawn is not None
+        assert drawn.indices.device.type == "cpu"
+        np.random.seed(1)
+        expected = pair.without.sample(40)
+        samples = drawn.records.samples(drawn.indices.to(drawn.records.words.device))
+        assert all(th.equal(part.cpu(), other) for part, other in zip(samples[:5], expected[:5], strict=True))  # type: ignore[union-attr]
+
+
+def test_nothing_is_drawn_where_the_records_are_not_on_the_device() -> None:
+    pair = Pair()
+    pair.add(5)
+    assert pair.with_copy.draw_there(4) is not None
+    assert pair.with_copy.rewards.shape == (20, 1)  # somebody looks
+    np.random.seed(1)
+    assert pair.with_copy.draw_there(4) is None
+    assert pair.without.draw_there(4) is None
+    drawn = np.random.random()
+    np.random.seed(1)
+    assert np.random.random() == drawn
+
+
 def test_only_new_rows_are_copied(copies: list[int]) -> None:
     pair = Pair(size=20, n_envs=2)
     for n_steps, expected in ((5, 5), (1, 1), (0, 0), (16, 16), (3, 3), (50, 20)):

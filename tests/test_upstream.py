@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.fast.products import ONEDNN_LINEAR
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 from sb3_lecture_dqn.resume.replay_buffer_rows import stores_rows_as_sb3
 from sb3_lecture_dqn.resume.training_state import ALGORITHM_STATE, KNOWN_ATTRIBUTES, LOGGER_STATE, NOT_A_CALLBACKS_OWN
@@ -108,6 +109,12 @@ def test_private_names_of_other_libraries_are_there(make: Callable[[], Any], mod
     owner = make()
     missing = [name for name in names if not hasattr(owner, name)]
     assert missing == [], f"{owner!r} has no {missing} any more: sb3_lecture_dqn's {module} must follow"
+
+
+def test_pytorchs_product_by_onednn_takes_what_it_took() -> None:
+    schema = str(ONEDNN_LINEAR._schema)
+    arguments = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+    assert schema.endswith(arguments), f"{schema}: sb3_lecture_dqn's fast/products.py must follow"
 
 
 def test_callbacks_find_sb3s_local_variables_under_the_names_that_ours_read() -> None:

@@ -5,8 +5,8 @@ PyTorch has MKL multiply float32 matrices, and MKL keeps to AVX2 on a processor 
 for convolutions, uses AVX-512 wherever it is: a large product then takes half of the time.
 """
 
+import math
 import platform
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,9 @@ import torch as th
 #: Multiply-adds from which a product is large enough for oneDNN's overhead.
 LARGE_PRODUCT = 2**21
 
+#: x Wᵀ + b by oneDNN, which PyTorch's compiler uses. It takes x, W, b or ``None``, and three arguments that are left empty.
+ONEDNN_LINEAR: Any = getattr(getattr(th.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
 
 class LinearTensors(NamedTuple):
     """Of a Linear layer, or the gradients of these; the transpose is a view."""
@@ -23,7 +26,8 @@ class LinearTensors(NamedTuple):
     weight: th.Tensor
     transposed_weight: th.Tensor
     bias: th.Tensor
-    onednn_linear: Callable[..., Any] | None
+    #: From how many rows of its other factor a product with the weight is one for oneDNN.
+    onednn_rows: float
 
     @classmethod
     def of(cls, weight: th.Tensor, bias: th.Tensor) -> "LinearTensors":
@@ -32,19 +36,13 @@ class LinearTensors(NamedTuple):
 
         :param weight: Its weight, shape (out_features, in_features)
         :param bias: Its bias, shape (out_features,)
-        :return: These, with oneDNN's product where it is the quicker one
+        :return: These
         """
-        is_of_cpu = weight.device.type == "cpu" and weight.dtype == th.float32
-        return cls(weight, weight.t(), bias, onednn_linear() if is_of_cpu and is_onednn_quicker() else None)
+        may_be_onednns = weight.device.type == "cpu" and weight.dtype == th.float32 and is_onednn_quicker()
+        return cls(weight, weight.t(), bias, LARGE_PRODUCT / weight.numel() if may_be_onednns else math.inf)
 
-    def is_large(self, n_rows: int) -> bool:
-        """
-        Whether a product with the weight is one for oneDNN.
 
-        :param n_rows: Number of rows of the other factor
-        :return: Whether it is
-        """
-        return self.onednn_linear is not None and n_rows * self.weight.numel() >= LARGE_PRODUCT
+# size(0) and not len(): that asks whether somebody has put a method into the tensor's class
 
 
 def affine(linear: LinearTensors, inputs: th.Tensor) -> th.Tensor:
@@ -55,8 +53,8 @@ def affine(linear: LinearTensors, inputs: th.Tensor) -> th.Tensor:
     :param inputs: x, shape (B, in_features)
     :return: shape (B, out_features)
     """
-    if linear.onednn_linear is not None and linear.is_large(len(inputs)):
-        return linear.onednn_linear(inputs, linear.weight, linear.bias, "none", [], "")  # type: ignore[no-any-return]
+    if inputs.size(0) >= linear.onednn_rows:
+        return ONEDNN_LINEAR(inputs, linear.weight, linear.bias, "none", [], "")  # type: ignore[no-any-return]
     return th.addmm(linear.bias, inputs, linear.transposed_weight)
 
 
@@ -68,8 +66,8 @@ def inputs_gradient(linear: LinearTensors, gradient: th.Tensor) -> th.Tensor:
     :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
     :return: shape (B, in_features)
     """
-    if linear.onednn_linear is not None and linear.is_large(len(gradient)):
-        return linear.onednn_linear(gradient, linear.transposed_weight, None, "none", [], "")  # type: ignore[no-any-return]
+    if gradient.size(0) >= linear.onednn_rows:
+        return ONEDNN_LINEAR(gradient, linear.transposed_weight, None, "none", [], "")  # type: ignore[no-any-return]
     return th.mm(gradient, linear.weight)
 
 
@@ -81,27 +79,17 @@ def write_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Te
     :param inputs: x, shape (B, in_features)
     :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
     """
-    if gradients.onednn_linear is not None and gradients.is_large(len(inputs)):
-        gradients.weight.copy_(gradients.onednn_linear(gradient.t(), inputs.t(), None, "none", [], ""))
+    if inputs.size(0) >= gradients.onednn_rows:
+        gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.t(), None, "none", [], ""))
     else:
         th.mm(gradient.t(), inputs, out=gradients.weight)
     th.sum(gradient, dim=0, out=gradients.bias)
 
 
-def onednn_linear() -> Callable[..., Any]:
-    """
-    PyTorch's operation for x Wᵀ + b by oneDNN, which its compiler uses.
-
-    :return: It takes x, W, b or ``None``, and three arguments that are left empty
-    """
-    operation: Callable[..., Any] = th.ops.mkldnn._linear_pointwise.default
-    return operation
-
-
 @cache
 def is_onednn_quicker() -> bool:
     """
-    Whether MKL leaves half of this processor's width idle. It is not measured, so that a machine always computes the same bits.
+    Whether MKL leaves half of this processor idle. That is not measured, so that a machine always computes the same bits.
 
     :return: Whether the processor has AVX-512 and is not Intel's, and PyTorch has both libraries
     """
