@@ -156,19 +156,29 @@ def matrix_products() -> Callable[[], float]:
 
 
 def products_of_a_step(batch_size: int, width: int) -> Callable[[], None]:
-    """Per gradient step: two forward passes through the middle layer, its weights' gradient and its inputs' gradient."""
+    """
+    Per gradient step: two forward passes through the middle layer, its weights' gradient and its inputs' gradient, by the
+    library that LectureDQN takes for them.
+    """
     import torch as th
+
+    from sb3_lecture_dqn.fast.products import LARGE_PRODUCT, ONEDNN_LINEAR, is_onednn_quicker
 
     inputs, weight = th.randn(batch_size, width), th.randn(width, width)
     output, gradient = th.empty(batch_size, width), th.empty(width, width)
 
-    def four_products() -> None:
+    def by_pytorchs_own() -> None:
         th.mm(inputs, weight.t(), out=output)
         th.mm(inputs, weight.t(), out=output)
         th.mm(output.t(), inputs, out=gradient)
         th.mm(inputs, weight, out=output)
 
-    return four_products
+    def by_onednn() -> None:
+        for factors in ((inputs, weight), (inputs, weight), (output.t(), inputs.t()), (inputs, weight.t())):
+            ONEDNN_LINEAR(*factors, None, "none", [], "")
+
+    is_onednns = is_onednn_quicker() and batch_size * width * width >= LARGE_PRODUCT
+    return by_onednn if is_onednns else by_pytorchs_own
 
 
 def random_images() -> Any:
