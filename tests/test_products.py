@@ -52,6 +52,15 @@ def test_products_by_onednn_are_those_of_pytorchs_own(
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("n_inputs", [1, 8, 9])
+@pytest.mark.usefixtures("calls")
+def test_the_gradient_of_a_narrow_weight_is_the_same_as_a_transpose(n_inputs: int) -> None:
+    gradients, inputs, gradient = layer(n_inputs, 256), th.randn(128, n_inputs), th.randn(128, 256)
+    assert gradients.is_narrow == (n_inputs <= 8)
+    write_gradients(gradients, inputs, gradient)
+    assert th.allclose(gradients.weight.double(), gradient.double().t() @ inputs.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_only_large_float32_products_are_onednns(calls: list[tuple[int, ...]]) -> None:
     large = LARGE_PRODUCT // (256 * 256)
     affine(layer(256, 256), th.randn(large - 1, 256))

@@ -16,6 +16,9 @@ import torch as th
 #: Multiply-adds from which a product is large enough for oneDNN's overhead.
 LARGE_PRODUCT = 2**21
 
+#: Features up to which MKL takes three times as long for the gradient of a weight as for its transpose.
+FEW_FEATURES = 8
+
 #: x Wᵀ + b by oneDNN, which PyTorch's compiler uses. It takes x, W, b or ``None``, and three arguments that are left empty.
 ONEDNN_LINEAR: Any = getattr(getattr(th.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
@@ -28,6 +31,8 @@ class LinearTensors(NamedTuple):
     bias: th.Tensor
     #: From how many rows of its other factor a product with the weight is one for oneDNN.
     onednn_rows: float
+    #: Whether its gradient is computed as its transpose.
+    is_narrow: bool
 
     @classmethod
     def of(cls, weight: th.Tensor, bias: th.Tensor) -> "LinearTensors":
@@ -38,8 +43,10 @@ class LinearTensors(NamedTuple):
         :param bias: Its bias, shape (out_features,)
         :return: These
         """
-        may_be_onednns = weight.device.type == "cpu" and weight.dtype == th.float32 and is_onednn_quicker()
-        return cls(weight, weight.t(), bias, LARGE_PRODUCT / weight.numel() if may_be_onednns else math.inf)
+        is_by_both = weight.device.type == "cpu" and weight.dtype == th.float32 and is_onednn_quicker()
+        onednn_rows = LARGE_PRODUCT / weight.numel() if is_by_both else math.inf
+        # it rounds otherwise: where MKL does all, as for docs/results.md, runs shall end as they did
+        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and weight.shape[1] <= FEW_FEATURES)
 
 
 # size(0) and not len(): that asks whether somebody has put a method into the tensor's class
@@ -81,6 +88,8 @@ def write_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Te
     """
     if inputs.size(0) >= gradients.onednn_rows:
         gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.t(), None, "none", [], ""))
+    elif gradients.is_narrow:
+        gradients.transposed_weight.copy_(th.mm(inputs.t(), gradient))
     else:
         th.mm(gradient.t(), inputs, out=gradients.weight)
     th.sum(gradient, dim=0, out=gradients.bias)
