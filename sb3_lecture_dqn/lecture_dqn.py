@@ -418,6 +418,8 @@ class LectureDQN(OffPolicyAlgorithm):
 
     @replay_buffer.setter
     def replay_buffer(self, replay_buffer: ReplayBuffer | None) -> None:
+        if self.__dict__.get("replay_buffer") is not None:
+            self._fast_update = None  # its graphs keep what they read of the buffer before
         # Under SB3's own name, so that save(include=["replay_buffer"]) finds it.
         self.__dict__["replay_buffer"] = replay_buffer
 
@@ -669,24 +671,29 @@ class LectureDQN(OffPolicyAlgorithm):
     def _fast_updates(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         # Another buffer may mean something by a batch, as HER does, whose batches begin with the goals that are not changed.
         is_uniform = type(self.replay_buffer) in UNIFORM_BUFFERS and is_own_method(self, "_sample_batch", LectureDQN)
-        updates_at_once = max(fast_update.rows_at_once // batch_size, 1) if is_uniform else 1
+        updates_at_once = fast_update.updates_at_once(batch_size) if is_uniform else 1
         while gradient_steps > 0:
             n_updates = min(gradient_steps, updates_at_once)
             gradient_steps -= n_updates
             # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-            samples = self._draw_batches(n_updates * batch_size, is_uniform and fast_update.takes_drawn_rows)
+            may_stay_there = is_uniform and fast_update.takes_drawn_rows
+            samples = self._draw(n_updates * batch_size) if may_stay_there else self._sample_batch(n_updates * batch_size)
             # what a buffer that we do not know gives is one batch, however large
             rows = batch_size if is_uniform or isinstance(samples, DrawnRows) else len(samples.actions)
             results = fast_update.steps(samples, FastTargets(self.gamma), rows, self.max_grad_norm)
             self._count_updates(n_updates, fast_update.metrics_of, results)
 
-    def _draw_batches(self, n_rows: int, may_stay_there: bool) -> ReplayBufferSamples | DrawnRows:
-        """Several B, or which rows they are where D is on the device and its observations are not normalised."""
-        drawn_rows: DrawnRows | None = None
-        if may_stay_there and isinstance(self.replay_buffer, ContiguousReplayBuffer) and self._vec_normalize_env is None:
-            with numpy_draws_from(self.random_generator):
-                drawn_rows = self.replay_buffer.draw_there(n_rows)
-        return self._sample_batch(n_rows) if drawn_rows is None else drawn_rows
+    def _draw(self, n_rows: int) -> ReplayBufferSamples | DrawnRows:
+        """Several B, or which transitions they are where D is on the device and its observations are not normalised."""
+        replay_buffer = self.replay_buffer
+        is_ours = isinstance(replay_buffer, ContiguousReplayBuffer) and all(
+            is_own_method(replay_buffer, name, ContiguousReplayBuffer) for name in ("sample", "_get_samples")
+        )
+        if not is_ours or self._vec_normalize_env is not None:
+            return self._sample_batch(n_rows)
+        assert isinstance(replay_buffer, ContiguousReplayBuffer)
+        with numpy_draws_from(self.random_generator):
+            return replay_buffer.draw(n_rows)
 
     # Metrics, and whether they can be right
 

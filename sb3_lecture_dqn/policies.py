@@ -33,7 +33,20 @@ LECTURE_NET_ARCH = (256, 256)
 LECTURE_FINAL_LAYER_STD = 1e-3
 
 
-class QNetwork(BasePolicy):
+class VectorOfParameters:
+    """SB3's method for parameters of any layout in memory: on a GPU, those of convolutions have another."""
+
+    def parameters_to_vector(self: Any) -> np.ndarray:
+        """
+        All parameters in one vector.
+
+        :return: The vector, shape (number of parameters,)
+        """
+        vector: np.ndarray = th.cat([parameter.detach().reshape(-1) for parameter in self.parameters()]).cpu().numpy()
+        return vector
+
+
+class QNetwork(VectorOfParameters, BasePolicy):
     """
     The action-value function Q(s, ·, θ): one forward pass for all actions (L5).
 
@@ -119,7 +132,7 @@ class QNetwork(BasePolicy):
         return data
 
 
-class LectureDQNPolicy(BasePolicy):
+class LectureDQNPolicy(VectorOfParameters, BasePolicy):
     """
     θ and ψ: the Q network, its target network and the optimizer of θ.
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_lecture_dqn.fast.device_copy import DeviceCopy, DrawnRows, has_memory_of_its_own
+from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, has_memory_of_its_own
 
 
 def _field(name: str) -> Any:
@@ -68,9 +68,9 @@ class ContiguousReplayBuffer(ReplayBuffer):
     from distant places. Here they are fields of one record array, and ``observations``, ``actions``, … are views of it. They
     are read, indexed and written into as before; an array that is assigned to one of them is copied into it.
 
-    For a CUDA device the records are kept there too, where they take at most half of its free memory, and batches are drawn
+    For a CUDA device the records are kept there too, where they take at most half of its free memory, and batches are read
     there. What is written into the arrays from outside counts as before: where somebody holds one of them, or has had one
-    since the last draw, a batch comes from the host, and then all records are copied once more.
+    since the last draw, a batch comes from the host, and the next that does not copies all records once more.
 
     The parameters are those of :class:`stable_baselines3.common.buffers.ReplayBuffer`.
 
@@ -111,18 +111,16 @@ class ContiguousReplayBuffer(ReplayBuffer):
         self._device_copy.is_seen = is_seen  # SB3's own look at the arrays is not one from outside
         self._device_copy.n_new_rows += 1
 
-    def draw_there(self, batch_size: int) -> DrawnRows | None:
+    def draw(self, batch_size: int) -> DrawnRows | ReplayBufferSamples:
         """
-        Draw as :meth:`sample` does, for somebody on the device who reads the transitions there.
+        Draw as :meth:`sample` does, for somebody who can read the transitions on the device.
 
         :param batch_size: Number of transitions
-        :return: The rows; ``None`` where the records are not on the device, and before anything is drawn
+        :return: Which transitions they are; the transitions where they have to come from the host
         """
-        records = self._device_copy.records(self) if has_memory_of_its_own(self.device) else None
-        if records is None:
-            return None
-        rows = np.random.randint(0, self.size(), size=batch_size)
-        return DrawnRows(th.from_numpy(self._with_environments(rows)), records)
+        indices = self._with_environments(np.random.randint(0, self.size(), size=batch_size))
+        records = self._records_there()
+        return self._samples_here(indices) if records is None else DrawnRows(th.from_numpy(indices), records)
 
     def _with_environments(self, rows: np.ndarray) -> np.ndarray:
         """Where the records of the rows are, of one environment each."""
@@ -130,12 +128,17 @@ class ContiguousReplayBuffer(ReplayBuffer):
             return rows
         return rows * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(rows))
 
+    def _records_there(self) -> CopiedRecords | None:
+        return self._device_copy.records(self) if has_memory_of_its_own(self.device) else None
+
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         indices = self._with_environments(batch_inds)
-        if env is None and has_memory_of_its_own(self.device):  # VecNormalize works on the host
-            records_there = self._device_copy.records(self)
-            if records_there is not None:
-                return records_there.samples(th.from_numpy(indices).to(self.device))
+        records = self._records_there() if env is None else None  # VecNormalize works on the host
+        if records is not None:
+            return records.samples(th.from_numpy(indices).to(self.device))
+        return self._samples_here(indices, env)
+
+    def _samples_here(self, indices: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         batch = self._records.reshape(-1).take(indices)
         return ReplayBufferSamples(
             observations=self._to_device(_in_one_piece(self._normalize_obs(batch["observations"], env))),

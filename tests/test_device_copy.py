@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_lecture_dqn import LectureDQN, ResumableCheckpointCallback, replay_buffer
 from sb3_lecture_dqn.envs import GymVectorVecEnv
 from sb3_lecture_dqn.fast import device_copy
-from sb3_lecture_dqn.fast.device_copy import DeviceCopy
+from sb3_lecture_dqn.fast.device_copy import DeviceCopy, DrawnRows
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer, repeat_last_transitions
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
@@ -121,8 +121,8 @@ def test_what_is_drawn_to_be_read_on_the_device_are_the_same_transitions(n_envs:
     for n_steps in (5, 50):
         pair.add(n_steps)
         np.random.seed(1)
-        drawn = pair.with_copy.draw_there(40)
-        assert drawn is not None
+        drawn = pair.with_copy.draw(40)
+        assert isinstance(drawn, DrawnRows)
         assert drawn.indices.device.type == "cpu"
         np.random.seed(1)
         expected = pair.without.sample(40)
@@ -130,17 +130,20 @@ def test_what_is_drawn_to_be_read_on_the_device_are_the_same_transitions(n_envs:
         assert all(th.equal(part.cpu(), other) for part, other in zip(samples[:5], expected[:5], strict=True))  # type: ignore[union-attr]
 
 
-def test_nothing_is_drawn_where_the_records_are_not_on_the_device() -> None:
+def test_transitions_that_somebody_has_looked_at_are_drawn_on_the_host_and_only_then_copied(copies: list[int]) -> None:
     pair = Pair()
     pair.add(5)
-    assert pair.with_copy.draw_there(4) is not None
-    assert pair.with_copy.rewards.shape == (20, 1)  # somebody looks
-    np.random.seed(1)
-    assert pair.with_copy.draw_there(4) is None
-    assert pair.without.draw_there(4) is None
-    drawn = np.random.random()
-    np.random.seed(1)
-    assert np.random.random() == drawn
+    for _ in range(3):
+        assert pair.with_copy.rewards.shape == (20, 1)  # somebody looks
+        for buffer in pair.both:
+            np.random.seed(1)
+            drawn = buffer.draw(4)
+            assert not isinstance(drawn, DrawnRows)
+            np.random.seed(1)
+            assert th.equal(drawn.rewards.cpu(), pair.without.sample(4).rewards)
+    assert copies == []
+    assert isinstance(pair.with_copy.draw(4), DrawnRows)
+    assert sum(copies) == 5
 
 
 def test_only_new_rows_are_copied(copies: list[int]) -> None:
@@ -317,15 +320,6 @@ def test_a_device_whose_memory_is_in_pieces_has_no_room(monkeypatch: pytest.Monk
     pair.assert_alike()
     pair.assert_alike()
     assert not has_copy(pair.with_copy)
-
-
-def test_large_arrays_are_copied_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceCopy, "bytes_at_once", 200)
-    pair = Pair(n_envs=3)
-    assert 200 // pair.with_copy._records.itemsize not in (0, 3)
-    for n_steps in (12, 30, 5):
-        pair.add(n_steps)
-        pair.assert_alike()
 
 
 class Stop(BaseCallback):

@@ -7,6 +7,8 @@ the CPU is tried with tensors that have no contents.
 """
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +23,7 @@ import torch as th
 from both_paths import (
     BATCH_SIZE,
     DEVICES,
+    VECTOR,
     DictEncoder,
     DoubleFlatten,
     SmallCnn,
@@ -44,7 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sb3_lecture_dqn import LectureDQN, lecture_dqn, replay_buffer
-from sb3_lecture_dqn.fast import device_copy, graph, update
+from sb3_lecture_dqn.fast import device_copy, graph, products, update
 from sb3_lecture_dqn.fast.acting import to_tensors
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import Capturer, GraphActing, GraphUpdate, map_tensors
@@ -173,6 +176,7 @@ def captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(lecture_dqn, "FastActing", GraphActing)
         monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda _: True)
         monkeypatch.setattr(device_copy, "free_memory", lambda _: 10**8)
+        monkeypatch.setattr(products, "is_onednn_quicker", lambda: False)
     return captures
 
 
@@ -261,17 +265,26 @@ class UsersCnn(NatureCNN):
     """May view images in another shape."""
 
 
-@pytest.mark.parametrize(("encoder", "is_known"), [(NatureCNN, True), (UsersCnn, False)])
+@pytest.mark.parametrize(
+    ("policy_kwargs", "is_known"),
+    [
+        ({"features_extractor_class": NatureCNN}, True),
+        ({"features_extractor_class": UsersCnn}, False),
+        ({"optimizer_kwargs": {"fused": True}}, False),
+    ],
+)
 def test_convolutions_are_laid_out_for_a_gpu_and_saved_for_any_device(
-    captures: Captures, tmp_path: Path, encoder: type[NatureCNN], is_known: bool
+    captures: Captures, tmp_path: Path, policy_kwargs: dict[str, Any], is_known: bool
 ) -> None:
-    model = make_float32_model("CnnPolicy", IMAGES, policy_kwargs={"features_extractor_class": encoder})
+    model = make_float32_model("CnnPolicy", IMAGES, policy_kwargs=policy_kwargs)
     for _ in range(3):
         model.train(1, 8)
     weight = dict(model.q_net.named_parameters())["features_extractor.cnn.2.weight"]
     assert weight.is_contiguous(memory_format=th.channels_last) == (is_known and model.device.type == "cuda")
+    assert len(model.policy.parameters_to_vector()) == sum(p.numel() for p in model.policy.parameters())
     model.save(tmp_path / "model")
     loaded = LectureDQN.load(tmp_path / "model", device="cpu")
+    np.testing.assert_array_equal(loaded.policy.parameters_to_vector(), model.policy.parameters_to_vector())
     observations = observations_of(IMAGES, 4)
     q_values, same_q_values = (m.q_net(m.policy.obs_to_tensor(observations)[0]) for m in (model, loaded))
     assert dict(loaded.q_net.named_parameters())["features_extractor.cnn.2.weight"].is_contiguous()
@@ -294,15 +307,15 @@ def note_draws(buffer: ReplayBuffer | None) -> list[ReplayBufferSamples]:
     """What is drawn to be read on the device, as it is there."""
     assert isinstance(buffer, ContiguousReplayBuffer)
     draws: list[ReplayBufferSamples] = []
-    draw_there = buffer.draw_there
+    draw = buffer.draw
 
-    def noted_draw(n_rows: int) -> DrawnRows | None:
-        drawn = draw_there(n_rows)
-        assert drawn is not None
+    def noted_draw(n_rows: int) -> DrawnRows:
+        drawn = draw(n_rows)
+        assert isinstance(drawn, DrawnRows)
         draws.append(drawn.records.samples(drawn.indices.to(drawn.records.words.device)))
         return drawn
 
-    buffer.draw_there = noted_draw  # type: ignore[method-assign]
+    buffer.draw = noted_draw  # type: ignore[method-assign]
     return draws
 
 
@@ -337,14 +350,20 @@ def test_any_number_of_steps_is_made_of_graphs_of_one_two_four_or_more(
     assert {**fast._training_metrics.pop()} == pytest.approx({**plain._training_metrics.pop()}, rel=1e-9)
 
 
-@pytest.mark.parametrize(("policy", "space", "n_drawn"), [(*OBSERVATIONS[0], 64), (*OBSERVATIONS[1], 4)])
-def test_batches_of_images_are_drawn_for_fewer_steps_at_once(
-    captures: Captures, policy: str, space: spaces.Space[Any], n_drawn: int
+FLAT_IMAGES = ("MlpPolicy", spaces.Box(-1, 1, (1, 36, 36), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("observations", "batch_size", "n_drawn"),
+    [(OBSERVATIONS[0], 512, 32), (OBSERVATIONS[0], 1, 64), (OBSERVATIONS[1], 256, 4), (FLAT_IMAGES, 256, 4)],
+)
+def test_few_steps_are_drawn_at_once_where_they_need_much_memory(
+    captures: Captures, observations: Any, batch_size: int, n_drawn: int
 ) -> None:
-    model = make_float32_model(policy, space)
+    model = make_float32_model(*observations)
     draws = note_draws(model.replay_buffer)
-    model.train(65, 256)
-    assert [len(draw.actions) // 256 for draw in draws] == [n_drawn] * (65 // n_drawn) + [1]
+    model.train(65, batch_size)
+    assert [len(draw.actions) // batch_size for draw in draws] == [n_drawn] * (65 // n_drawn) + [1]
 
 
 def slices_of(draw: ReplayBufferSamples) -> list[slice]:
@@ -677,7 +696,7 @@ def test_replayed_acting_is_the_policys(captures: Captures, policy: str, space: 
             assert acting.accepts(observations)
             actions.append(acting.greedy_actions(observations))
             np.testing.assert_array_equal(actions[-1], model.policy.predict(observations, deterministic=True)[0])
-    assert (len(captures.recordings), captures.n_replays) == (3, 19 + 9 + 9)
+    assert (len(captures.recordings), captures.n_replays) == (2, 19 + 9 + 10)
     assert len(set(np.concatenate(actions))) > 1
 
 
@@ -755,6 +774,83 @@ def test_acting_goes_on_where_cuda_cannot_capture(
     assert [str(warning.message) for warning in recwarn if "capture" in str(warning.message)] == [
         "CUDA cannot capture this, which is slower without: operation not permitted when stream is capturing"
     ]
+
+
+def replay_buffer_of(model: LectureDQN) -> ContiguousReplayBuffer:
+    assert isinstance(model.replay_buffer, ContiguousReplayBuffer)
+    return model.replay_buffer
+
+
+def test_a_flag_of_the_buffer_that_changes_is_followed(captures: Captures) -> None:
+    """d of a transition that a time limit ended; graphs that read the transitions have it as a constant."""
+    plain, fast = (make_model("vector", fast, gamma=0.9) for fast in (False, True))
+    for model in (plain, fast):
+        model.replay_buffer = ContiguousReplayBuffer(
+            10, VECTOR, spaces.Discrete(3), device=model.device, handle_timeout_termination=True
+        )
+        model.replay_buffer.add(*np.ones((2, 1, 5)), np.zeros((1, 1)), np.ones(1), np.ones(1), [{"TimeLimit.truncated": True}])
+    for n in range(8):
+        for model in (plain, fast):
+            replay_buffer_of(model).handle_timeout_termination = n < 4
+            model.train(1, 4)
+    assert len(captures.recordings) == 2
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def test_a_sample_put_into_the_buffer_is_asked(captures: Captures) -> None:
+    model = make_float32_model("MlpPolicy", OBSERVATIONS[0][1])
+    buffer, asked = replay_buffer_of(model), []
+    sample = buffer.sample
+    buffer.sample = lambda *args, **kwargs: (asked.append(args), sample(*args, **kwargs))[1]  # type: ignore[method-assign]
+    model.train(2, 8)
+    assert asked == [(16,)]
+
+
+def test_another_buffer_leaves_nothing_of_the_one_before_on_the_device(captures: Captures) -> None:
+    model = make_float32_model("MlpPolicy", OBSERVATIONS[0][1])
+    for _ in range(3):
+        model.train(1, 8)
+    copied = replay_buffer_of(model)._device_copy._copied
+    assert copied is not None
+    words = weakref.ref(copied.words)
+    del copied
+    model.replay_buffer = copy.deepcopy(replay_buffer_of(model))
+    captures.recordings.clear()
+    gc.collect()
+    assert words() is None
+
+
+def test_betas_in_a_list_may_be_changed_in_place(captures: Captures) -> None:
+    betas = [0.5, 0.9]
+    plain, fast = (make_model("vector", fast, policy_kwargs={"optimizer_kwargs": {"betas": betas}}) for fast in (False, True))
+    for model in (plain, fast):
+        model.policy.optimizer.param_groups[0]["betas"] = betas
+    train_both("vector", (plain, fast), 4)
+    betas[0] = 0.9
+    train_both("vector", (plain, fast), 4)
+    assert len(captures.recordings) == 2
+    assert largest_difference(plain, fast) < 1e-12
+
+
+def test_an_interruption_between_two_graphs_leaves_the_step_count_of_what_was_done(
+    captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_float32_model("MlpPolicy", OBSERVATIONS[0][1])
+    for _ in range(2):
+        model.train(3, 8)
+    parts: list[int] = []
+    do = Capturer.do
+
+    def interrupted(capturer: Any, inputs: Any, work: Any) -> Any:
+        parts.append(len(inputs.coefficients))
+        if parts == [2, 1]:
+            raise KeyboardInterrupt
+        return do(capturer, inputs, work)
+
+    monkeypatch.setattr(Capturer, "do", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.train(3, 8)
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {8.0}
 
 
 def test_a_run_can_do_without_graphs(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:

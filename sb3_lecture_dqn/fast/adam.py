@@ -185,8 +185,8 @@ class DeviceAdam(FlatAdam):
     @property
     def betas(self) -> tuple[float, float]:
         """β₁ and β₂, which a captured step does not read again."""
-        betas: tuple[float, float] = self.optimizer.param_groups[0]["betas"]
-        return betas
+        beta_1, beta_2 = self.optimizer.param_groups[0]["betas"]
+        return beta_1, beta_2
 
     def coefficients(self, n_steps: int) -> th.Tensor:
         """
@@ -203,7 +203,7 @@ class DeviceAdam(FlatAdam):
 
     def begin(self, coefficients: th.Tensor) -> None:
         """
-        Before some steps.
+        Before some steps, and before they are captured.
 
         :param coefficients: What :meth:`coefficients` gave for them, on the device
         """
@@ -211,7 +211,7 @@ class DeviceAdam(FlatAdam):
 
     def end(self, n_steps: int) -> None:
         """
-        After all steps of a call: tell the optimizer.
+        After these steps, or when they were replayed: tell the optimizer.
 
         :param n_steps: How many they were
         """

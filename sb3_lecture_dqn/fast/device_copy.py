@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 if TYPE_CHECKING:
     from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
-#: Types that PyTorch can take rows of on every device.
+#: Types that PyTorch has operations for on every device.
 COPYABLE_TYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 
 
@@ -39,6 +39,8 @@ def free_memory(device: th.device) -> int:
 class CopiedRecords:
     """
     The records of a replay buffer on a device, as integers that are as large as their bytes allow: one read for many bytes.
+
+    Two are equal if they are the same one, since a graph reads from its memory.
 
     :param words: The integers, shape (number of records, n)
     :param record: The type of a record
@@ -83,8 +85,6 @@ class DeviceCopy:
 
     #: Share of the device's free memory that the copy may take; networks and their activations need the rest.
     largest_share: ClassVar[float] = 0.5
-    #: Bytes that are copied at once, for which the host needs room twice.
-    bytes_at_once: ClassVar[int] = 2**24
 
     def __init__(self) -> None:
         #: Whether somebody has had an array since the last draw, and may have written into it.
@@ -109,6 +109,8 @@ class DeviceCopy:
         if self.is_seen or _references(vars(replay_buffer)) > self._own_references:
             self.is_seen, self.n_new_rows = False, math.inf
             return None
+        if replay_buffer.handle_timeout_termination != self._copied.handle_timeout_termination:
+            self._copied = CopiedRecords(self._copied.words, self._copied.record, replay_buffer.handle_timeout_termination)
         self._follow(replay_buffer, self._copied.words)
         return self._copied
 
@@ -130,12 +132,9 @@ class DeviceCopy:
 
     def _write(self, replay_buffer: "ContiguousReplayBuffer", words: th.Tensor, start: int, end: int) -> None:
         """Take over the rows from ``start`` to before ``end``, of all environments."""
-        words_here, n_envs = _words(replay_buffer._records), replay_buffer.n_envs
-        n_at_once = max(self.bytes_at_once // replay_buffer._records.itemsize, 1)
-        for first in range(start * n_envs, end * n_envs, n_at_once):
-            rows = slice(first, min(first + n_at_once, end * n_envs))
-            # CUDA has read what is not in pinned memory when this returns
-            words[rows].copy_(th.from_numpy(words_here[rows]), non_blocking=True)
+        rows = slice(start * replay_buffer.n_envs, end * replay_buffer.n_envs)
+        # CUDA has read what is not in pinned memory when this returns
+        words[rows].copy_(th.from_numpy(_words(replay_buffer._records)[rows]), non_blocking=True)
 
 
 def _words(records: np.ndarray) -> np.ndarray:

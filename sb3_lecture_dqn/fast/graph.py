@@ -2,8 +2,8 @@
 The update and the acting on a GPU: what they do is captured once as a CUDA graph, and replayed.
 
 On a GPU a step of this size is launching some fifty operations, each of which takes the host longer than the GPU. A graph is
-launched as a whole. It computes on the same memory each time, so each batch is copied to where the graph looks for it, and
-what changes between two steps without being part of a batch (the learning rate, the number of steps) is on the device too.
+launched as a whole. It computes on the same memory each time, so what changes is copied to where the graph looks for it:
+batches, or which transitions they are, and with them what Adam makes of the learning rate and the number of steps.
 What is captured are steps of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`: one, two, four, … of them, so that any number
 of steps is made of a few graphs.
 """
@@ -67,8 +67,8 @@ class Captured(Generic[Results]):
 
 class Capturer(Generic[Results]):
     """
-    Does work of one kind after the other, and captures it when it comes for the second time in a row; the first time it is
-    done operation by operation, as CUDA needs it.
+    Does the same work on one input after the other, and captures it the second time; the first time it is done operation by
+    operation, as CUDA needs it.
 
     :param device: The device
     """
@@ -78,22 +78,20 @@ class Capturer(Generic[Results]):
 
     def __init__(self, device: th.device) -> None:
         self.device = device
-        self._kind: Hashable = None
+        self._is_first = True
         self._captured: Captured[Results] | None = None
 
-    def do(self, kind: Hashable, inputs: Inputs, work: Callable[[Inputs], Results]) -> Results:
+    def do(self, inputs: Inputs, work: Callable[[Inputs], Results]) -> Results:
         """
-        Do some work on the device.
+        Do the work on the device.
 
-        :param kind: All that the work depends on beside the contents of its inputs
-        :param inputs: Its inputs, on any device
-        :param work: The work
+        :param inputs: Its inputs, on any device, of the same shapes and types each time
+        :param work: The work, which depends on nothing else
         :return: Its results, which the next call may overwrite
         """
-        if kind != self._kind:
-            self._kind, self._captured = kind, None
-        elif self._captured is None and self.can_capture:
+        if self._captured is None and self.can_capture and not self._is_first:
             self._capture(inputs, work)
+        self._is_first = False
         if self._captured is None:
             return work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
         # CUDA has read what is not in pinned memory when this returns; to pin it would take longer
@@ -159,12 +157,14 @@ def lay_out_for_device(policy: LectureDQNPolicy) -> None:
     """
     Let an encoder's convolutions keep the channels of their weights side by side, as a GPU wants them, and give such images.
 
-    An encoder that we do not know stays as it is: it may want to view them in another shape.
+    An encoder that we do not know stays as it is: it may want to view them in another shape. So does one with a fused
+    optimizer, which pairs parameters and moments, those of a file too, by their places in memory.
 
     :param policy: The policy
     """
-    if policy.device.type == "cuda" and has_known_encoder(policy):
-        policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+    if policy.device.type == "cuda" and has_known_encoder(policy) and not policy.optimizer.param_groups[0].get("fused"):
+        for q_net in (policy.q_net, policy.q_net_target):
+            q_net.features_extractor.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
 
 class StepInputs(NamedTuple):
@@ -211,8 +211,9 @@ class GraphUpdate(FastUpdate):
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
-        # for each number of steps, of batches that are drawn there and of others
-        self._capturers: dict[tuple[int, bool], Capturer[th.Tensor]] = defaultdict(partial(Capturer, self.theta.device))
+        # of batches that are read there and of others, for each number of steps
+        self._kinds: dict[bool, Hashable] = {}
+        self._capturers: dict[bool, dict[int, Capturer[th.Tensor]]] = {}
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> FastUpdate | None:
@@ -230,10 +231,15 @@ class GraphUpdate(FastUpdate):
     def _make_adam(self, optimizer: th.optim.Adam) -> DeviceAdam:
         return DeviceAdam(optimizer, self.theta, self.gradient)
 
-    @property
-    def rows_at_once(self) -> int:
-        """Transitions that are drawn at once: what the host does is then little beside the GPU; images need much memory."""
-        return 1024 if self.encodes_in_steps else 2**14
+    def updates_at_once(self, batch_size: int) -> int:
+        """
+        For how many updates transitions are drawn at once: what the host does is then little beside the GPU.
+
+        :param batch_size: B
+        :return: As many as 64, which is the largest graph; fewer of large batches, images above all, which need memory
+        """
+        n_rows = 2**14 if self.has_vector_observations else 2**10
+        return min(max(n_rows // batch_size, 1), 64)
 
     @property
     def may_use_second_thread(self) -> bool:
@@ -260,6 +266,7 @@ class GraphUpdate(FastUpdate):
         inputs = StepInputs(batches, self.adam.coefficients(n_steps))
         formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(inputs).items())
         kind = (records, targets_of, batch_size, max_grad_norm, self.adam.betas, formats)
+        capturers = self._capturers_of(kind, is_read_there=records is not None)
 
         def steps(inputs: StepInputs) -> th.Tensor:
             self.adam.begin(inputs.coefficients)
@@ -270,10 +277,16 @@ class GraphUpdate(FastUpdate):
         metrics: list[th.Tensor] = []
         sizes = powers_of_two(n_steps)
         for size, end in zip(sizes, accumulate(sizes), strict=True):
-            part = inputs.of_steps(end - size, size, batch_size)
-            metrics.append(self._capturers[size, records is None].do(kind, part, steps))
-        self.adam.end(n_steps)
+            metrics.append(capturers[size].do(inputs.of_steps(end - size, size, batch_size), steps))
+            self.adam.end(size)
         return th.cat(metrics, dim=1)  # a copy: the next replay overwrites what it leaves
+
+    def _capturers_of(self, kind: Hashable, is_read_there: bool) -> dict[int, Capturer[th.Tensor]]:
+        """Those of the present kind, for each number of steps; what the ones before kept is given back."""
+        if self._kinds.get(is_read_there) != kind:
+            self._kinds[is_read_there] = kind
+            self._capturers[is_read_there] = defaultdict(partial(Capturer, self.theta.device))
+        return self._capturers[is_read_there]
 
     @staticmethod
     def metrics_of(results: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
@@ -331,7 +344,7 @@ class GraphActing(FastActing):
         return list(self.policy.q_net.parameters())  # the encoder's too
 
     def _prepare(self) -> None:
-        self._capturer: Capturer[th.Tensor] = Capturer(self.parameters[0].device)
+        self._capturers: dict[Hashable, Capturer[th.Tensor]] = defaultdict(partial(Capturer, self.parameters[0].device))
 
     @th.no_grad()
     def greedy_actions(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
@@ -343,7 +356,7 @@ class GraphActing(FastActing):
         """
         tensors = to_tensors(observations)
         kind = tuple((name, tensor.shape) for name, tensor in named_tensors(tensors).items())
-        actions: np.ndarray = self._capturer.do(kind, tensors, self._actions).cpu().numpy()
+        actions: np.ndarray = self._capturers[kind].do(tensors, self._actions).cpu().numpy()
         return actions
 
     def _actions(self, observations: PyTorchObs) -> th.Tensor:

@@ -221,10 +221,14 @@ class FastUpdate:
             and self.adam.is_current()
         )
 
-    @property
-    def rows_at_once(self) -> int:
-        """Transitions that are drawn at once: enough for long matrix products, few enough for the cache."""
-        return 1024
+    def updates_at_once(self, batch_size: int) -> int:
+        """
+        For how many updates transitions are drawn at once: enough for long matrix products, few enough for the cache.
+
+        :param batch_size: B
+        :return: At least 1
+        """
+        return max(1024 // batch_size, 1)
 
     @property
     def may_use_second_thread(self) -> bool:
