@@ -508,7 +508,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if self._fast_acting is None or not self._fast_acting.is_current(self.policy):
             kind = FastActing if self.device.type == "cpu" else GraphActing
             self._fast_acting = kind.for_policy(self.policy)
-        self._is_collecting = True
+        self._is_collecting = not th.is_autocast_enabled(self.device.type)
         try:
             return super().collect_rollouts(*args, **kwargs)
         finally:

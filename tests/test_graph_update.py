@@ -274,13 +274,15 @@ class UsersCnn(NatureCNN):
     ],
 )
 def test_convolutions_are_laid_out_for_a_gpu_and_saved_for_any_device(
-    captures: Captures, tmp_path: Path, policy_kwargs: dict[str, Any], is_known: bool
+    captures: Captures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy_kwargs: dict[str, Any], is_known: bool
 ) -> None:
+    monkeypatch.setattr(graph, "has_memory_of_its_own", lambda _: True)
     model = make_float32_model("CnnPolicy", IMAGES, policy_kwargs=policy_kwargs)
     for _ in range(3):
         model.train(1, 8)
     weight = dict(model.q_net.named_parameters())["features_extractor.cnn.2.weight"]
-    assert weight.is_contiguous(memory_format=th.channels_last) == (is_known and model.device.type == "cuda")
+    assert weight.is_contiguous(memory_format=th.channels_last) == is_known
+    monkeypatch.setattr(graph, "has_memory_of_its_own", lambda device: device.type == "cuda")
     assert len(model.policy.parameters_to_vector()) == sum(p.numel() for p in model.policy.parameters())
     model.save(tmp_path / "model")
     loaded = LectureDQN.load(tmp_path / "model", device="cpu")
@@ -481,6 +483,17 @@ def test_what_is_captured_asks_the_host_for_nothing_and_stays_on_its_device(
     assert isinstance(model._fast_update, GraphUpdate)
 
 
+@pytest.mark.parametrize("handle_timeout_termination", [False, True])
+def test_transitions_are_read_on_their_device_without_the_host(handle_timeout_termination: bool) -> None:
+    record = ContiguousReplayBuffer(1, IMAGES, spaces.Discrete(3), device="cpu")._records.dtype
+    words = th.zeros(20, record.itemsize // 8, dtype=th.int64, device=NO_CONTENTS)
+    records = device_copy.CopiedRecords(words, record, handle_timeout_termination)
+    with OnlyOn("meta"):
+        samples = records.samples(th.zeros(6, dtype=th.int64, device=NO_CONTENTS))
+    assert samples.observations.shape == (6, 1, 36, 36)  # type: ignore[union-attr]
+    assert (samples.dones.shape, samples.rewards.dtype) == ((6, 1), th.float32)
+
+
 def test_the_metrics_of_replays_are_those_of_the_plain_path(captures: Captures) -> None:
     models = [make_model("vector", fast, max_grad_norm=0.5) for fast in (False, True)]
     train_both("vector", models, 20)
@@ -596,6 +609,7 @@ def test_one_captured_step_is_few_operations_and_several_are_fewer_each(
     for n_steps in (1, 1, 4, 4):
         model.train(n_steps, 8)
     counts = [sum(not func.is_view for func in recording.operations) for recording in captures.recordings]
+    assert len(counts) == 2
     assert all(np.less_equal(counts, n_operations)), counts
 
 
@@ -818,6 +832,22 @@ def test_another_buffer_leaves_nothing_of_the_one_before_on_the_device(captures:
     captures.recordings.clear()
     gc.collect()
     assert words() is None
+
+
+def test_transitions_are_those_of_another_buffer_as_soon_as_there_is_one(captures: Captures) -> None:
+    model = make_float32_model("MlpPolicy", OBSERVATIONS[0][1])
+    for n_before in (0, 3):
+        before = replay_buffer_of(model)
+        for _ in range(n_before):
+            model.train(1, 8)
+        model.replay_buffer = copy.deepcopy(before)
+        replay_buffer_of(model).rewards[:] = 1_000 + n_before
+        for _ in range(3):
+            model.train(1, 8)
+        model._training_metrics.pop()
+        model.train(1, 8)
+        assert model._training_metrics.pop()["td_target"] == pytest.approx(1_000 + n_before, abs=1)
+    assert captures.n_replays > 4
 
 
 def test_betas_in_a_list_may_be_changed_in_place(captures: Captures) -> None:

@@ -49,6 +49,7 @@ class CopiedRecords:
 
     def __init__(self, words: th.Tensor, record: np.dtype[Any], handle_timeout_termination: bool) -> None:
         self.words, self.record, self.handle_timeout_termination = words, record, handle_timeout_termination
+        self._layout = _layout_of(record)
 
     def samples(self, indices: th.Tensor) -> ReplayBufferSamples:
         """
@@ -57,7 +58,11 @@ class CopiedRecords:
         :param indices: Which ones, on the device, shape (B,)
         :return: These, each tensor in one piece, which an encoder may need
         """
-        fields = _fields_of(self.words.index_select(0, indices), self.record)
+        of_bytes = self.words.index_select(0, indices).view(th.uint8)
+        fields = {
+            name: of_bytes[:, part].view(dtype).view(len(indices), *shape)
+            for name, (part, dtype, shape) in self._layout.items()
+        }
         dones = fields["dones"] * (1 - fields["timeouts"]) if self.handle_timeout_termination else fields["dones"]
         return ReplayBufferSamples(
             observations=fields["observations"].contiguous(),
@@ -143,15 +148,13 @@ def _words(records: np.ndarray) -> np.ndarray:
     return records.reshape(-1).view(f"i{n_bytes}").reshape(records.size, -1)
 
 
-def _fields_of(words: th.Tensor, record: np.dtype[Any]) -> dict[str, th.Tensor]:
-    """The fields of some records, views of them; a record type knows where in its bytes each is."""
-    assert record.fields is not None
-    of_bytes = words.view(th.uint8)
-    fields: dict[str, th.Tensor] = {}
-    for name, (dtype, offset, *_) in record.fields.items():
-        part = of_bytes[:, offset : offset + dtype.itemsize].view(_torch_type(dtype.base))
-        fields[name] = part.view(len(words), *dtype.shape)
-    return fields
+def _layout_of(record: np.dtype[Any]) -> dict[str, tuple[slice, th.dtype, tuple[int, ...]]]:
+    """Of each field, where in a record's bytes it is, its type and its shape."""
+    fields = {name: (dtype, offset) for name, (dtype, offset, *_) in (record.fields or {}).items()}
+    return {
+        name: (slice(offset, offset + dtype.itemsize), _torch_type(dtype.base), dtype.shape)
+        for name, (dtype, offset) in fields.items()
+    }
 
 
 def _references(attributes: Mapping[str, Any]) -> int:

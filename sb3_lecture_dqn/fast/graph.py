@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
-from sb3_lecture_dqn.fast.device_copy import DrawnRows
+from sb3_lecture_dqn.fast.device_copy import DrawnRows, has_memory_of_its_own
 from sb3_lecture_dqn.fast.head import forward, gradient_of
 from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
@@ -162,7 +162,8 @@ def lay_out_for_device(policy: LectureDQNPolicy) -> None:
 
     :param policy: The policy
     """
-    if policy.device.type == "cuda" and has_known_encoder(policy) and not policy.optimizer.param_groups[0].get("fused"):
+    is_fused = policy.optimizer.param_groups[0].get("fused")
+    if has_memory_of_its_own(policy.device) and has_known_encoder(policy) and not is_fused:
         for q_net in (policy.q_net, policy.q_net_target):
             q_net.features_extractor.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 

@@ -43,10 +43,11 @@ class LinearTensors(NamedTuple):
         :param bias: Its bias, shape (out_features,)
         :return: These
         """
-        is_by_both = weight.device.type == "cpu" and weight.dtype == th.float32 and is_onednn_quicker()
+        is_of_cpu = weight.device.type == "cpu" and weight.dtype == th.float32
+        is_by_both = is_of_cpu and is_onednn_quicker() and bool(th.backends.mkldnn.enabled)
         onednn_rows = LARGE_PRODUCT / weight.numel() if is_by_both else math.inf
         # it rounds otherwise: where MKL does all, as for docs/results.md, runs shall end as they did
-        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and weight.shape[1] <= FEW_FEATURES)
+        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and 1 < weight.shape[1] <= FEW_FEATURES)
 
 
 # size(0) and not len(): that asks whether somebody has put a method into the tensor's class
@@ -87,7 +88,8 @@ def write_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Te
     :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
     """
     if inputs.size(0) >= gradients.onednn_rows:
-        gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.t(), None, "none", [], ""))
+        # x of an encoder of a user's own may have gaps, and oneDNN takes a thousand times as long for a W that has
+        gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.contiguous().t(), None, "none", [], ""))
     elif gradients.is_narrow:
         gradients.transposed_weight.copy_(th.mm(inputs.t(), gradient))
     else:
@@ -100,17 +102,21 @@ def is_onednn_quicker() -> bool:
     """
     Whether MKL leaves half of this processor idle. That is not measured, so that a machine always computes the same bits.
 
-    :return: Whether the processor has AVX-512 and is not Intel's, and PyTorch has both libraries
+    :return: Whether the processor has AVX-512 and is AMD's, or Hygon's like it, and PyTorch has both libraries
     """
-    has_both = th.backends.mkl.is_available() and th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_both and th.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor_description()
+    has_mkl, has_onednn = th.backends.mkl.is_available(), th.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_both = has_mkl and has_onednn and ONEDNN_LINEAR is not None
+    has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and has_avx512 and any(maker in processor_description() for maker in ("AuthenticAMD", "HygonGenuine"))
 
 
 def processor_description() -> str:
     """
     What the system says of the processor.
 
-    :return: A text that names its maker
+    :return: A text that names its maker; on Linux an empty one if the system does not say
     """
-    of_linux = Path("/proc/cpuinfo")
-    return of_linux.read_text() if of_linux.exists() else platform.processor()
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
