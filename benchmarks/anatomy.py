@@ -39,6 +39,7 @@ from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.graph import Capturer, capture
 from sb3_lecture_dqn.fast.head import backward, forward, forward_for_backward
+from sb3_lecture_dqn.fast.products import ONEDNN_LINEAR
 from sb3_lecture_dqn.fast.second_thread import SecondThread
 
 SETTINGS = {
@@ -253,6 +254,8 @@ def print_choices() -> None:
         actions: np.ndarray = forward(update.head, th.from_numpy(observation)).argmax(dim=1).numpy()
         return actions
 
+    inputs, gradient = th.randn(128, 256), th.randn(128, 256)
+    features, weight, narrow = th.randn(128, 8), th.randn(256, 256), th.empty(256, 8)
     with th.no_grad():
         costs = {
             "acting: numpy on the parameters": microseconds(lambda: acting.greedy_actions(observation)),
@@ -267,7 +270,17 @@ def print_choices() -> None:
             "128 of 50 000 transitions: SB3's arrays": microseconds(lambda: sb3.replay_buffer.sample(128)),
             "a step of CartPole-v1 in a vector environment of one": step_of_cart_pole(LectureDQN),
             "a step of CartPole-v1 in SB3's vector environment": step_of_cart_pole(DQN),
+            "the product of 128 rows with the middle layer: MKL": microseconds(lambda: th.mm(inputs, weight.t())),
+            "the gradient of its weight: MKL": microseconds(lambda: th.mm(gradient.t(), inputs)),
+            "the gradient of a weight for 8 features": microseconds(lambda: th.mm(gradient.t(), features, out=narrow)),
+            "the same as its transpose": microseconds(lambda: narrow.t().copy_(th.mm(features.t(), gradient))),
         }
+        if ONEDNN_LINEAR is not None:
+            empty = (None, "none", [], "")
+            costs["the product of 128 rows with the middle layer: oneDNN"] = microseconds(
+                lambda: ONEDNN_LINEAR(inputs, weight, *empty)
+            )
+            costs["the gradient of its weight: oneDNN"] = microseconds(lambda: ONEDNN_LINEAR(gradient.t(), inputs.t(), *empty))
     print_costs(costs)
 
 

@@ -425,7 +425,7 @@ class LectureDQN(OffPolicyAlgorithm):
 
     @replay_buffer.deleter
     def replay_buffer(self) -> None:
-        self.__dict__["replay_buffer"] = None
+        self.replay_buffer = None
 
     def _make_replay_buffer(self) -> ReplayBuffer:
         assert self.replay_buffer_class is not None  # chosen in SB3's _setup_model
@@ -712,8 +712,9 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def check_divergence(self) -> None:
         """
-        Check that θ, ψ and the newest transitions are finite, as training does every ``metrics_interval`` gradient steps. In a
-        callback's ``_on_step``, the transition of which is counted and not yet stored, the step in the error is one too late.
+        Check that θ, ψ and the newest transitions are finite. Training itself looks at the transitions and at its metrics,
+        every ``metrics_interval`` gradient steps. In a callback's ``_on_step``, the transition of which is counted and not yet
+        stored, the step in the error is one too late.
 
         :raises DivergenceError: if they are not
         """

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, has_memory_of_its_own
+from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, is_cuda
 
 
 def _field(name: str) -> Any:
@@ -29,6 +29,7 @@ def _field(name: str) -> Any:
             advice = "with replay_buffer_class=ReplayBuffer it may have another"
             raise ValueError(f"{name} must have the shape {view.shape}, got {np.shape(array)}; {advice}")
         else:
+            replay_buffer._device_copy.is_seen = True
             np.copyto(view, array, casting="same_kind")
 
     return property(get, assign)
@@ -129,7 +130,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
         return rows * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(rows))
 
     def _records_there(self) -> CopiedRecords | None:
-        return self._device_copy.records(self) if has_memory_of_its_own(self.device) else None
+        return self._device_copy.records(self) if is_cuda(self.device) else None
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         indices = self._with_environments(batch_inds)

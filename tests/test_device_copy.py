@@ -48,7 +48,7 @@ def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
         write(copy, buffer, words, start, end)
 
     monkeypatch.setattr(DeviceCopy, "_write", noted_write)
-    monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda device: device != HOST)
+    monkeypatch.setattr(replay_buffer, "is_cuda", lambda device: device != HOST)
     monkeypatch.setattr(device_copy, "free_memory", lambda _: 10_000_000)
     monkeypatch.setattr(th.cuda, "is_available", lambda: request.param == "cuda")  # SB3 takes a GPU where there is one
     monkeypatch.setattr(Pair, "device", request.param)
@@ -170,7 +170,7 @@ def write_into_rewards(buffer: ContiguousReplayBuffer) -> None:
 
 
 def assign_rewards(buffer: ContiguousReplayBuffer) -> None:
-    buffer.rewards = np.full_like(buffer.rewards, 7)
+    buffer.rewards = np.full((buffer.buffer_size, buffer.n_envs), 7, np.float32)  # not even a look at what was there
 
 
 def write_into_observations_by_a_method(buffer: ContiguousReplayBuffer) -> None:
@@ -260,7 +260,7 @@ def test_a_training_run_is_the_same_with_and_without_a_copy(monkeypatch: pytest.
         return [parameter.sum().item() for parameter in model.policy.parameters()]
 
     with_copy = run()
-    monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda _: False)
+    monkeypatch.setattr(replay_buffer, "is_cuda", lambda _: False)
     assert run() == with_copy
 
 

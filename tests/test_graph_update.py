@@ -174,7 +174,7 @@ def captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(GraphActing, "device_type", "cpu")
         monkeypatch.setattr(lecture_dqn, "FastUpdate", GraphUpdate)
         monkeypatch.setattr(lecture_dqn, "FastActing", GraphActing)
-        monkeypatch.setattr(replay_buffer, "has_memory_of_its_own", lambda _: True)
+        monkeypatch.setattr(replay_buffer, "is_cuda", lambda _: True)
         monkeypatch.setattr(device_copy, "free_memory", lambda _: 10**8)
         monkeypatch.setattr(products, "is_onednn_quicker", lambda: False)
     return captures
@@ -276,13 +276,13 @@ class UsersCnn(NatureCNN):
 def test_convolutions_are_laid_out_for_a_gpu_and_saved_for_any_device(
     captures: Captures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy_kwargs: dict[str, Any], is_known: bool
 ) -> None:
-    monkeypatch.setattr(graph, "has_memory_of_its_own", lambda _: True)
+    monkeypatch.setattr(graph, "is_cuda", lambda _: True)
     model = make_float32_model("CnnPolicy", IMAGES, policy_kwargs=policy_kwargs)
     for _ in range(3):
         model.train(1, 8)
     weight = dict(model.q_net.named_parameters())["features_extractor.cnn.2.weight"]
     assert weight.is_contiguous(memory_format=th.channels_last) == is_known
-    monkeypatch.setattr(graph, "has_memory_of_its_own", lambda device: device.type == "cuda")
+    monkeypatch.setattr(graph, "is_cuda", lambda device: device.type == "cuda")
     assert len(model.policy.parameters_to_vector()) == sum(p.numel() for p in model.policy.parameters())
     model.save(tmp_path / "model")
     loaded = LectureDQN.load(tmp_path / "model", device="cpu")
@@ -820,7 +820,16 @@ def test_a_sample_put_into_the_buffer_is_asked(captures: Captures) -> None:
     assert asked == [(16,)]
 
 
-def test_another_buffer_leaves_nothing_of_the_one_before_on_the_device(captures: Captures) -> None:
+def exchange_buffer(model: LectureDQN) -> None:
+    model.replay_buffer = copy.deepcopy(replay_buffer_of(model))
+
+
+def delete_buffer(model: LectureDQN) -> None:
+    del model.replay_buffer
+
+
+@pytest.mark.parametrize("change", [exchange_buffer, delete_buffer])
+def test_a_buffer_that_is_gone_leaves_nothing_on_the_device(captures: Captures, change: Callable[[LectureDQN], None]) -> None:
     model = make_float32_model("MlpPolicy", OBSERVATIONS[0][1])
     for _ in range(3):
         model.train(1, 8)
@@ -828,7 +837,7 @@ def test_another_buffer_leaves_nothing_of_the_one_before_on_the_device(captures:
     assert copied is not None
     words = weakref.ref(copied.words)
     del copied
-    model.replay_buffer = copy.deepcopy(replay_buffer_of(model))
+    change(model)
     captures.recordings.clear()
     gc.collect()
     assert words() is None

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 COPYABLE_TYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 
 
-def has_memory_of_its_own(device: th.device) -> bool:
+def is_cuda(device: th.device) -> bool:
     """
-    Whether what the host holds has to be copied to a device.
+    Whether a device is a CUDA device: only for these D is copied and convolutions are laid out.
 
     :param device: The device
-    :return: Whether it is a CUDA device; others take each batch from the host
+    :return: Whether it is
     """
     return device.type == "cuda"
 
 
 def free_memory(device: th.device) -> int:
     """
-    The memory that nobody uses.
+    The memory that can be had: what nobody has taken, and what PyTorch has taken and does not use.
 
     :param device: A CUDA device
     :return: Bytes
     """
-    return th.cuda.mem_get_info(device)[0]
+    return th.cuda.mem_get_info(device)[0] + th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
 
 
 class CopiedRecords:

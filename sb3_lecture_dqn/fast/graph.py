@@ -8,6 +8,7 @@ What is captured are steps of :class:`~sb3_lecture_dqn.fast.update.FastUpdate`: 
 of steps is made of a few graphs.
 """
 
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -23,10 +24,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
-from sb3_lecture_dqn.fast.device_copy import DrawnRows, has_memory_of_its_own
+from sb3_lecture_dqn.fast.device_copy import DrawnRows, is_cuda
 from sb3_lecture_dqn.fast.head import forward, gradient_of
 from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
+
+_ONE_CAPTURE = threading.Lock()
 
 Inputs = TypeVar("Inputs")
 Results = TypeVar("Results")
@@ -41,10 +44,10 @@ def capture(work: Callable[[], Results], device: th.device) -> tuple[Callable[[]
     :return: What does it, on the same memory each time, and the tensors in which it then leaves its results
     """
     graph, stream = th.cuda.CUDAGraph(), th.cuda.current_stream(device)
-    # other threads may do with CUDA what they like
+    # other threads may do with CUDA what they like, but for another capture on the same stream
     capturing = th.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local")
     # a capture that fails may leave its stream the current one, if nobody puts the one before back
-    with th.cuda.device(device), th.cuda.stream(stream), capturing:
+    with _ONE_CAPTURE, th.cuda.device(device), th.cuda.stream(stream), capturing:
         results = work()
     return graph.replay, results
 
@@ -163,7 +166,7 @@ def lay_out_for_device(policy: LectureDQNPolicy) -> None:
     :param policy: The policy
     """
     is_fused = policy.optimizer.param_groups[0].get("fused")
-    if has_memory_of_its_own(policy.device) and has_known_encoder(policy) and not is_fused:
+    if is_cuda(policy.device) and has_known_encoder(policy) and not is_fused:
         for q_net in (policy.q_net, policy.q_net_target):
             q_net.features_extractor.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 

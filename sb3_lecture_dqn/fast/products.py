@@ -16,8 +16,8 @@ import torch as th
 #: Multiply-adds from which a product is large enough for oneDNN's overhead.
 LARGE_PRODUCT = 2**21
 
-#: Features up to which MKL takes three times as long for the gradient of a weight as for its transpose.
-FEW_FEATURES = 8
+#: Features for which MKL takes up to three times as long for the gradient of a weight as for its transpose; not so for one.
+FEW_FEATURES = range(2, 9)
 
 #: x Wᵀ + b by oneDNN, which PyTorch's compiler uses. It takes x, W, b or ``None``, and three arguments that are left empty.
 ONEDNN_LINEAR: Any = getattr(getattr(th.ops.mkldnn, "_linear_pointwise", None), "default", None)
@@ -31,7 +31,7 @@ class LinearTensors(NamedTuple):
     bias: th.Tensor
     #: From how many rows of its other factor a product with the weight is one for oneDNN.
     onednn_rows: float
-    #: Whether its gradient is computed as its transpose.
+    #: Whether its gradient is computed as its transpose, where it is not oneDNN's.
     is_narrow: bool
 
     @classmethod
@@ -47,7 +47,7 @@ class LinearTensors(NamedTuple):
         is_by_both = is_of_cpu and is_onednn_quicker() and bool(th.backends.mkldnn.enabled)
         onednn_rows = LARGE_PRODUCT / weight.numel() if is_by_both else math.inf
         # it rounds otherwise: where MKL does all, as for docs/results.md, runs shall end as they did
-        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and 1 < weight.shape[1] <= FEW_FEATURES)
+        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and weight.shape[1] in FEW_FEATURES)
 
 
 # size(0) and not len(): that asks whether somebody has put a method into the tensor's class
@@ -114,7 +114,7 @@ def processor_description() -> str:
     """
     What the system says of the processor.
 
-    :return: A text that names its maker; on Linux an empty one if the system does not say
+    :return: A text that names its maker, where the system says it
     """
     try:
         return Path("/proc/cpuinfo").read_text()
