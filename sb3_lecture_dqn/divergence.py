@@ -49,6 +49,8 @@ class DivergenceWatch:
     def __init__(self, is_trained: bool = False) -> None:
         self._last_pos = self._last_num_timesteps = 0
         self._largest_reward = 1.0
+        #: Gradient steps when metrics were last looked at; ``None`` as long as they were not.
+        self._last_n_updates: int | None = None
         #: The size of Q that the training began with; ``None`` as long as it is not known.
         self._first_size = None if is_trained else 0.0
 
@@ -63,9 +65,10 @@ class DivergenceWatch:
         self._check_new_transitions(model)
         for name, mean in metrics.items():
             if not math.isfinite(mean):
-                raise DivergenceError(_explain_metric(model, name, mean))
+                raise DivergenceError(self._explain_metric(model, name, mean))
         if metrics:
             self._check_size(model, metrics)
+            self._last_n_updates = model._n_updates
 
     def count_from_zero(self) -> None:
         """The model's number of steps begins at 0 again; what the buffer held before is not new."""
@@ -112,6 +115,15 @@ class DivergenceWatch:
                 f"{model._n_updates}) where the rewards allow {allowed:.3g}; the usual cause is {_LOSS_CAUSES}"
             )
 
+    def _explain_metric(self, model: "LectureDQN", name: str, mean: float) -> str:
+        since = max(model._n_updates - model.metrics_interval, 0) if self._last_n_updates is None else self._last_n_updates
+        # a buffer that stores each observation once drops the last one of an episode
+        exclusion = "" if model.optimize_memory_usage else "rewards and observations are finite, so "
+        return (
+            f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between "
+            f"{since} and {model._n_updates}; {exclusion}the usual cause is {_LOSS_CAUSES}"
+        )
+
 
 def check_parameters(model: "LectureDQN") -> None:
     """
@@ -126,16 +138,6 @@ def check_parameters(model: "LectureDQN") -> None:
                 f"training has diverged: the parameter {name} is not finite at step {model.num_timesteps}, after "
                 f"{model._n_updates} gradient steps; the usual cause is {_LOSS_CAUSES}"
             )
-
-
-def _explain_metric(model: "LectureDQN", name: str, mean: float) -> str:
-    since = max(model._n_updates - model.metrics_interval, 0)
-    # a buffer that stores each observation once drops the last one of an episode
-    exclusion = "" if model.optimize_memory_usage else "rewards and observations are finite, so "
-    return (
-        f"training has diverged: the {name} is {mean} at step {model.num_timesteps}, since a gradient step between {since} "
-        f"and {model._n_updates}; {exclusion}the usual cause is {_LOSS_CAUSES}"
-    )
 
 
 def _sees_float32(model: "LectureDQN") -> bool:

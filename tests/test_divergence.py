@@ -155,6 +155,15 @@ def test_a_loss_that_is_not_finite_is_named_with_its_gradient_steps(activation_f
     assert "learning_rate too high" in str(error.value)
 
 
+def test_metrics_that_are_read_late_are_of_all_gradient_steps_since_the_last_time() -> None:
+    """A training call may make more steps than lie between two reads."""
+    model = make_model(PoisonedEnv(), gradient_steps=128)
+    model.learn(12)
+    assert model._n_updates == 256
+    with pytest.raises(DivergenceError, match="since a gradient step between 384 and 512"):
+        model.learn(4, callback=BreakNetwork(14), reset_num_timesteps=False)
+
+
 @pytest.mark.parametrize("optimize_memory_usage", [False, True])
 def test_only_a_buffer_that_drops_nothing_is_called_finite(optimize_memory_usage: bool) -> None:
     model = make_model(PoisonedEnv(), optimize_memory_usage=optimize_memory_usage)
