@@ -676,8 +676,8 @@ class LectureDQN(OffPolicyAlgorithm):
             n_updates = min(gradient_steps, updates_at_once)
             gradient_steps -= n_updates
             # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-            may_stay_there = is_uniform and fast_update.takes_drawn_rows
-            samples = self._draw(n_updates * batch_size) if may_stay_there else self._sample_batch(n_updates * batch_size)
+            draw = self._draw if is_uniform and fast_update.takes_drawn_rows else self._sample_batch
+            samples = draw(n_updates * batch_size)
             # what a buffer that we do not know gives is one batch, however large
             rows = batch_size if is_uniform or isinstance(samples, DrawnRows) else len(samples.actions)
             results = fast_update.steps(samples, FastTargets(self.gamma), rows, self.max_grad_norm)
@@ -685,15 +685,13 @@ class LectureDQN(OffPolicyAlgorithm):
 
     def _draw(self, n_rows: int) -> ReplayBufferSamples | DrawnRows:
         """Several B, or which transitions they are where D is on the device and its observations are not normalised."""
-        replay_buffer = self.replay_buffer
-        is_ours = isinstance(replay_buffer, ContiguousReplayBuffer) and all(
-            is_own_method(replay_buffer, name, ContiguousReplayBuffer) for name in ("sample", "_get_samples")
-        )
-        if not is_ours or self._vec_normalize_env is not None:
+        buffer = self.replay_buffer
+        if not isinstance(buffer, ContiguousReplayBuffer) or self._vec_normalize_env is not None:
             return self._sample_batch(n_rows)
-        assert isinstance(replay_buffer, ContiguousReplayBuffer)
+        if not all(is_own_method(buffer, name, ContiguousReplayBuffer) for name in ("sample", "_get_samples")):
+            return self._sample_batch(n_rows)
         with numpy_draws_from(self.random_generator):
-            return replay_buffer.draw(n_rows)
+            return buffer.draw(n_rows)
 
     # Metrics, and whether they can be right
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, is_cuda
+from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, dones_of, is_cuda
 
 
 def _field(name: str) -> Any:
@@ -145,14 +145,9 @@ class ContiguousReplayBuffer(ReplayBuffer):
             observations=self._to_device(_in_one_piece(self._normalize_obs(batch["observations"], env))),
             actions=self._to_device(batch["actions"]),
             next_observations=self._to_device(_in_one_piece(self._normalize_obs(batch["next_observations"], env))),
-            dones=self._to_device(self._dones(batch)[:, None]),
+            dones=self._to_device(dones_of(batch, self.handle_timeout_termination)[:, None]),
             rewards=self._to_device(self._normalize_reward(batch["rewards"][:, None], env)),
         )
-
-    def _dones(self, batch: np.ndarray) -> np.ndarray:
-        """d of records: not where a time limit was all that ended an episode, if asked."""
-        dones: np.ndarray = batch["dones"] * (1 - batch["timeouts"]) if self.handle_timeout_termination else batch["dones"]
-        return dones
 
     def _to_device(self, array: Any) -> th.Tensor:
         tensor = th.from_numpy(array)  # the batch is a copy already

@@ -20,7 +20,9 @@ from sb3_lecture_dqn.fast import products
 from sb3_lecture_dqn.fast.products import LARGE_PRODUCT, LinearTensors, affine, inputs_gradient, write_gradients
 from sb3_lecture_dqn.fast.second_thread import SecondThread
 
-pytestmark = pytest.mark.skipif(products.ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    products.ONEDNN_LINEAR is None, reason="this build of PyTorch has no oneDNN, so all products are its own"
+)
 
 
 @pytest.fixture
@@ -133,7 +135,9 @@ def test_without_the_operation_all_products_are_pytorchs_own(monkeypatch: pytest
     products.is_onednn_quicker.cache_clear()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="other systems have other words for it")
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="only Linux on x86 has a vendor_id in /proc/cpuinfo"
+)
 def test_the_system_names_the_processors_maker() -> None:
     assert re.search(r"^vendor_id\s*: \w+$", products.processor_description(), re.MULTILINE)
 

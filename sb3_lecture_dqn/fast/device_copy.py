@@ -36,6 +36,17 @@ def free_memory(device: th.device) -> int:
     return th.cuda.mem_get_info(device)[0] + th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
 
 
+def dones_of(batch: Any, handle_timeout_termination: bool) -> Any:
+    """
+    d of transitions.
+
+    :param batch: Arrays or tensors by the fields' names
+    :param handle_timeout_termination: Whether d is 0 where a time limit was all that ended an episode
+    :return: d, shape (B,)
+    """
+    return batch["dones"] * (1 - batch["timeouts"]) if handle_timeout_termination else batch["dones"]
+
+
 class CopiedRecords:
     """
     The records of a replay buffer on a device, as integers that are as large as their bytes allow: one read for many bytes.
@@ -63,12 +74,11 @@ class CopiedRecords:
             name: of_bytes[:, part].view(dtype).view(len(indices), *shape)
             for name, (part, dtype, shape) in self._layout.items()
         }
-        dones = fields["dones"] * (1 - fields["timeouts"]) if self.handle_timeout_termination else fields["dones"]
         return ReplayBufferSamples(
             observations=fields["observations"].contiguous(),
             actions=fields["actions"].contiguous(),
             next_observations=fields["next_observations"].contiguous(),
-            dones=dones.contiguous()[:, None],
+            dones=dones_of(fields, self.handle_timeout_termination).contiguous()[:, None],
             rewards=fields["rewards"].contiguous()[:, None],
         )
 

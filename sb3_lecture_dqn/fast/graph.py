@@ -94,9 +94,10 @@ class Capturer(Generic[Results]):
         """
         if self._captured is None and self.can_capture and not self._is_first:
             self._capture(inputs, work)
-        self._is_first = False
         if self._captured is None:
-            return work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
+            results = work(map_tensors(lambda tensor: tensor.to(self.device), inputs))
+            self._is_first = False
+            return results
         # CUDA has read what is not in pinned memory when this returns; to pin it would take longer
         th._foreach_copy_(self._captured.inputs, list(named_tensors(inputs).values()), non_blocking=True)
         self._captured.replay()
@@ -200,6 +201,16 @@ def powers_of_two(n: int) -> list[int]:
     return [2**bit for bit in reversed(range(n.bit_length())) if n & 2**bit]
 
 
+def joined_metrics(results: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+    """
+    The metrics of training calls, which are computed in the graphs.
+
+    :param results: Those of each call, shape (4, n_updates)
+    :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
+    """
+    return th.cat(list(results), dim=1).unbind()
+
+
 class GraphUpdate(FastUpdate):
     """
     The update for one policy on a CUDA device.
@@ -209,6 +220,7 @@ class GraphUpdate(FastUpdate):
     """
 
     device_type: ClassVar[str] = "cuda"
+    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(joined_metrics)
     takes_drawn_rows: ClassVar[bool] = True
 
     adam: DeviceAdam
@@ -291,16 +303,6 @@ class GraphUpdate(FastUpdate):
             self._kinds[is_read_there] = kind
             self._capturers[is_read_there] = defaultdict(partial(Capturer, self.theta.device))
         return self._capturers[is_read_there]
-
-    @staticmethod
-    def metrics_of(results: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
-        """
-        The metrics of training calls.
-
-        :param results: What :meth:`steps` gave for each
-        :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
-        """
-        return th.cat(list(results), dim=1).unbind()
 
     def _targets(
         self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int

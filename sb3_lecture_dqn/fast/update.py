@@ -145,6 +145,8 @@ class FastUpdate:
 
     #: Where the parameters have to be.
     device_type: ClassVar[str] = "cpu"
+    #: Gives the metrics of training calls from what :meth:`steps` gave for each.
+    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(metrics_of_results)
     #: Whether transitions may be left to be read where they are.
     takes_drawn_rows: ClassVar[bool] = False
     #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
@@ -280,16 +282,6 @@ class FastUpdate:
             batches = zip(inputs_of_batches, selections, targets, strict=True)
             results = [self._step(*batch, max_grad_norm) for batch in batches]
         return StepResults(actions, *zip(*results, strict=True))
-
-    @staticmethod
-    def metrics_of(results: Sequence[Any]) -> Sequence[th.Tensor]:
-        """
-        The metrics of training calls.
-
-        :param results: What :meth:`steps` gave for each
-        :return: As of :func:`metrics_of_results`
-        """
-        return metrics_of_results(results)
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """Where in Q(s, ·) the action is: the factor that the mean's gradient has; elsewhere 0."""
