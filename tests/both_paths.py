@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.fast.graph import map_tensors
 
 VECTOR = spaces.Box(-3, 3, (5,), np.float32)
 IMAGE = spaces.Box(0, 255, (1, 12, 12), np.uint8)
@@ -143,11 +144,7 @@ def largest_difference(first: LectureDQN, second: LectureDQN) -> float:
 
 
 def moved(value: Any, device: th.device) -> Any:
-    if isinstance(value, dict):
-        return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return type(value)(*(moved(part, device) for part in value))
-    return value.to(device) if isinstance(value, th.Tensor) else value
+    return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 def copied(value: Any) -> Any:
