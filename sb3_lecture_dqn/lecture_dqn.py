@@ -655,9 +655,16 @@ class LectureDQN(OffPolicyAlgorithm):
         if th.is_autocast_enabled(self.device.type):
             return None
         if self._fast_update is None or not self._fast_update.is_current(self.policy):
-            kind = FastUpdate if self.device.type == "cpu" else GraphUpdate
-            self._fast_update = kind.for_policy(self.policy)
+            self._fast_update = self._make_fast_update()
         return self._fast_update
+
+    def _make_fast_update(self) -> FastUpdate | None:
+        if self.device.type != "cpu":
+            return GraphUpdate.for_policy(self.policy)
+        # it imports Numba, which who only loads a model need not wait for
+        from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate
+
+        return CompiledUpdate.for_policy(self.policy) or FastUpdate.for_policy(self.policy)
 
     def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""

@@ -87,6 +87,18 @@ def write_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Te
     :param inputs: x, shape (B, in_features)
     :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
     """
+    write_weight_gradient(gradients, inputs, gradient)
+    th.sum(gradient, dim=0, out=gradients.bias)
+
+
+def write_weight_gradient(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Tensor) -> None:
+    """
+    The gradient of W.
+
+    :param gradients: Where it is written
+    :param inputs: x, shape (B, in_features)
+    :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
+    """
     if inputs.size(0) >= gradients.onednn_rows:
         # x of an encoder of a user's own may have gaps, and oneDNN takes a thousand times as long for a W that has
         gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.contiguous().t(), None, "none", [], ""))
@@ -94,7 +106,6 @@ def write_gradients(gradients: LinearTensors, inputs: th.Tensor, gradient: th.Te
         gradients.transposed_weight.copy_(th.mm(inputs.t(), gradient))
     else:
         th.mm(gradient.t(), inputs, out=gradients.weight)
-    th.sum(gradient, dim=0, out=gradients.bias)
 
 
 @cache

@@ -254,7 +254,11 @@ class FastUpdate:
         :param next_observations: s'
         :return: Q values, shape (B, |A|)
         """
-        return forward(self.target_head, self._features(self.policy.q_net_target, next_observations))
+        return self._q_values(self._features(self.policy.q_net_target, next_observations))
+
+    def _q_values(self, features: th.Tensor) -> th.Tensor:
+        """Q(s, ·, ψ), from features."""
+        return forward(self.target_head, features)
 
     def steps(
         self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
@@ -307,19 +311,29 @@ class FastUpdate:
         if self.encodes_in_steps:
             with th.set_grad_enabled(self.has_trained_encoder):
                 features = self._features(self.policy.q_net, inputs)
-        forward_pass = forward_for_backward(self.head, features.detach())
+        q_values, targets, features_gradient = self._head_gradients_of(features.detach(), selection, batch_targets)
+        if features_gradient is not None:
+            self._encoder_gradients(features, features_gradient)
+        squared_norm = self._squared_norm()
+        if max_grad_norm is not None:
+            self._clip(squared_norm, max_grad_norm)
+        self.adam.step()
+        return q_values, targets, squared_norm
+
+    def _head_gradients_of(
+        self, features: th.Tensor, selection: th.Tensor, batch_targets: Callable[[], th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Write the gradients of the head's parameters; gives Q(s, ·, θ), the targets and the features' gradient if needed."""
+        forward_pass = forward_for_backward(self.head, features)
         targets = batch_targets()
         gradient = (forward_pass.q_values - targets).mul_(selection)
         features_gradient = backward(
             self.head, self.head_gradients, forward_pass, gradient, self.has_trained_encoder, self.second_thread
         )
-        if features_gradient is not None:
-            self._encoder_gradients(features, features_gradient)
-        squared_norm = th.dot(self.gradient, self.gradient)
-        if max_grad_norm is not None:
-            self._clip(squared_norm, max_grad_norm)
-        self.adam.step()
-        return forward_pass.q_values, targets, squared_norm
+        return forward_pass.q_values, targets, features_gradient
+
+    def _squared_norm(self) -> th.Tensor:
+        return th.dot(self.gradient, self.gradient)
 
     def _features(self, q_net: QNetwork, observations: Any) -> th.Tensor:
         if self.has_vector_observations:  # SB3's preprocessing and its encoder leave them as they are
