@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import gymnasium
+import numba
 import numpy as np
 import pytest
 import torch as th
@@ -76,3 +77,11 @@ def postgres() -> Iterator[PostgresServer]:
         pytest.skip("PostgreSQL's initdb is not installed (Debian: apt-get install postgresql)")
     with postgres_server(programs) as server:
         yield server
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "not compiled"])
+def is_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With what Numba compiles, and with PyTorch's operations in its place, as it is where Numba is told not to compile."""
+    if not request.param:
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    return bool(request.param)

@@ -87,6 +87,7 @@ def model_of(env: Any = "CartPole-v1", **policy_kwargs: Any) -> LectureDQN:
     return LectureDQN("MlpPolicy", env, policy_kwargs={**WIDE, **policy_kwargs}, learning_starts=0, train_freq=4, seed=0)
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize("n_envs", [1, 5])
 @pytest.mark.parametrize(
     "layers",
@@ -108,6 +109,7 @@ def test_its_actions_are_the_policys(layers: dict[str, Any], n_envs: int) -> Non
     assert len(np.unique(actions)) > 1
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize("encoder", [SmallEncoder, None])
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("kind", SPACES)

@@ -30,6 +30,7 @@ from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("kind", ["vector", "image", "dict"])
 def test_both_paths_agree_in_float64_over_500_updates(kind: str, max_grad_norm: float | None) -> None:
@@ -42,6 +43,7 @@ def test_both_paths_agree_in_float64_over_500_updates(kind: str, max_grad_norm: 
     assert largest_difference(plain, make_model(kind, fast=False)) > 0.01
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize(
     "layers", [{"layer_norm": False}, {"activation_fn": nn.ReLU}, {"net_arch": []}, {"net_arch": [7, 5, 3]}]
 )
@@ -52,6 +54,7 @@ def test_both_paths_agree_for_other_layers(layers: dict[str, Any]) -> None:
     assert largest_difference(plain, fast) < 1e-12
 
 
+@pytest.mark.usefixtures("is_compiled")
 def test_both_paths_agree_with_n_step_discounts() -> None:
     plain, fast = (make_model("vector", fast) for fast in (False, True))
     rng = np.random.default_rng(0)
@@ -63,6 +66,7 @@ def test_both_paths_agree_with_n_step_discounts() -> None:
     assert largest_difference(plain, fast) < 1e-12
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize("kwargs", [{}, {"n_steps": 3}, {"max_grad_norm": 0.5}])
 def test_whole_float64_runs_with_normalised_observations_and_rewards_agree(kwargs: dict[str, Any]) -> None:
     plain, fast = (trained_in_float64(fast, normalised=True, **kwargs) for fast in (False, True))
@@ -71,6 +75,7 @@ def test_whole_float64_runs_with_normalised_observations_and_rewards_agree(kwarg
     assert largest_difference(plain, fast) < 1e-9
 
 
+@pytest.mark.usefixtures("is_compiled")
 def test_one_float32_update_from_the_same_state_agrees_at_100_points_of_a_real_run() -> None:
     """Longer float32 runs drift apart by rounding alone, so each update starts from the same state."""
     # a constant learning rate: the two models are not at the same point of a schedule
@@ -93,6 +98,7 @@ def test_one_float32_update_from_the_same_state_agrees_at_100_points_of_a_real_r
     assert run._fast_update is not None
 
 
+@pytest.mark.usefixtures("is_compiled")
 def test_optimizer_state_is_the_same_so_that_either_path_can_go_on(tmp_path: Path) -> None:
     plain, fast = (make_model("vector", fast) for fast in (False, True))
     rng = np.random.default_rng(0)
@@ -114,6 +120,7 @@ def test_optimizer_state_is_the_same_so_that_either_path_can_go_on(tmp_path: Pat
     assert largest_difference(plain, fast) < 1e-12
 
 
+@pytest.mark.usefixtures("is_compiled")
 def test_a_learning_rate_schedule_reaches_the_fast_path() -> None:
     plain, fast = (make_model("vector", fast, learning_rate=lambda progress: 1e-2 * progress) for fast in (False, True))
     rng = np.random.default_rng(0)
@@ -259,6 +266,7 @@ class BufferOfDoubleBatches(ReplayBuffer):
         return super().sample(batch_size * 2, env)
 
 
+@pytest.mark.usefixtures("is_compiled")
 @pytest.mark.parametrize("buffer_class", [BufferInFloat64, BufferOfHalfBatches, BufferOfDoubleBatches])
 def test_both_paths_agree_on_what_a_buffer_of_a_users_own_gives(buffer_class: Any) -> None:
     def trained(fast: bool) -> LectureDQN:

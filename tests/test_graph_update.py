@@ -172,7 +172,7 @@ def captures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if device == "cpu":
         monkeypatch.setattr(GraphUpdate, "device_type", "cpu")
         monkeypatch.setattr(GraphActing, "device_type", "cpu")
-        monkeypatch.setattr(lecture_dqn, "FastUpdate", GraphUpdate)
+        monkeypatch.setattr(LectureDQN, "_make_fast_update", lambda self: GraphUpdate.for_policy(self.policy))
         monkeypatch.setattr(lecture_dqn, "FastActing", GraphActing)
         monkeypatch.setattr(replay_buffer, "is_cuda", lambda _: True)
         monkeypatch.setattr(device_copy, "free_memory", lambda _: 10**8)

@@ -64,6 +64,10 @@ class FastActing:
         return list(self.policy.q_net.q_net.parameters())
 
     def _prepare(self) -> None:
+        # it imports Numba, which who only loads a model need not wait for
+        from sb3_lecture_dqn.fast.compiled_head import CompiledHead, is_compilable
+
+        self.compiled_head = CompiledHead.of(self.head) if is_compilable(self.head) else None
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
@@ -121,7 +125,15 @@ class FastActing:
             return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
         with th.no_grad(), threads_for(len(observations) * self.n_parameters):
             features = th.from_numpy(np.ascontiguousarray(observations)).flatten(1)
-            actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
+            return self._greedy_actions_of_several(features)
+
+    def _greedy_actions_of_several(self, features: th.Tensor) -> np.ndarray:
+        compiled_head = self.compiled_head
+        if compiled_head is not None and len(features) <= compiled_head.most_rows:
+            q_values = compiled_head.q_values(features)
+        else:
+            q_values = forward(self.head, features)
+        actions: np.ndarray = q_values.argmax(dim=1).numpy()
         return actions
 
     @th.no_grad()
@@ -133,10 +145,11 @@ class FastActing:
             features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
             if len(features) == 1:
                 return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
-            actions: np.ndarray = forward(self.head, features).argmax(dim=1).numpy()
-        return actions
+            return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
+        if self.compiled_head is not None:
+            return self.compiled_head.q_values_of_one(np.ascontiguousarray(features))
         for layer in self.hidden_layers:
             features = layer.weight.dot(features)
             features += layer.bias

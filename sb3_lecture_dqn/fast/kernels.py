@@ -108,6 +108,48 @@ def narrow_weight_gradient(inputs: np.ndarray, gradient: np.ndarray, weight_grad
 
 
 @compiled
+def hidden_layer_of_one(
+    inputs: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    norm_weight: np.ndarray,
+    norm_bias: np.ndarray,
+    epsilon: float,
+    negative_slope: float,
+    activations: np.ndarray,
+) -> None:
+    """
+    Linear → LayerNorm → LeakyReLU (L6) of one observation.
+
+    :param inputs: x, shape (in_features,)
+    :param weight: W, shape (n, in_features)
+    :param bias: b, shape (n,)
+    :param norm_weight: LayerNorm's weight, shape (n,)
+    :param norm_bias: LayerNorm's bias, shape (n,)
+    :param epsilon: What LayerNorm adds to the variance
+    :param negative_slope: LeakyReLU's slope below 0, at least 0
+    :param activations: Where the result is written, shape (n,)
+    """
+    n, n_inputs = weight.shape
+    one = weight.dtype.type(1)
+    inverse = one / weight.dtype.type(n)
+    mean = weight.dtype.type(0)
+    for j in range(n):
+        row, output = weight[j], bias[j]
+        for k in range(n_inputs):
+            output += inputs[k] * row[k]
+        activations[j] = output
+        mean += output * inverse
+    squares = weight.dtype.type(0)
+    for j in range(n):
+        squares += (activations[j] - mean) * (activations[j] - mean)
+    rstd = one / math.sqrt(squares * inverse + epsilon)
+    for j in range(n):
+        normalised = (activations[j] - mean) * rstd * norm_weight[j] + norm_bias[j]
+        activations[j] = normalised if normalised > 0 else normalised * negative_slope
+
+
+@compiled
 def normalise_and_activate(
     outputs: np.ndarray,
     weight: np.ndarray,
@@ -125,7 +167,7 @@ def normalise_and_activate(
     :param weight: LayerNorm's weight, shape (n,)
     :param bias: LayerNorm's bias, shape (n,)
     :param epsilon: What LayerNorm adds to the variance
-    :param negative_slope: LeakyReLU's slope below 0, in [0, 1]
+    :param negative_slope: LeakyReLU's slope below 0, at least 0
     :param activations: Where the result is written, shape (B, n); may be ``outputs``
     :param means: Where the mean of each row is written, shape (B,)
     :param rstds: Where 1 / standard deviation of each row is written, shape (B,)

@@ -1,0 +1,247 @@
+"""The head of the Q network on the CPU, with what lies between the matrix products compiled."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_lecture_dqn.fast import kernels
+from sb3_lecture_dqn.fast.head import Head, HiddenLayer
+from sb3_lecture_dqn.fast.products import LinearTensors, affine, write_weight_gradient
+from sb3_lecture_dqn.fast.threads import SMALL_WORK
+
+#: Features up to which a product is computed by a loop of ours, which begins at once.
+FEW_FEATURES = 32
+
+
+class Workspace(NamedTuple):
+    """What the forward pass of a hidden layer leaves for the backward pass of the same B observations."""
+
+    outputs: th.Tensor  # the Linear's, shape (B, n); where the Linear is a product, it gives a tensor of its own
+    activations: th.Tensor  # shape (B, n)
+    means: np.ndarray  # of each row
+    rstds: np.ndarray  # 1 / standard deviation of each row
+
+    @classmethod
+    def of(cls, layer: "CompiledLayer", n_rows: int) -> "Workspace":
+        """
+        Memory that is used again in each step, so that it stays in the cache.
+
+        :param layer: The layer
+        :param n_rows: B
+        :return: The memory
+        """
+        outputs, activations = layer.linear.weight.new_empty(2, n_rows, len(layer.weight))
+        return cls(outputs, activations, *np.empty((2, n_rows), layer.weight.dtype))
+
+
+class KeptLayer(NamedTuple):
+    """What the forward pass of a hidden layer keeps for the backward pass: arrays of B rows, or of B numbers."""
+
+    inputs: th.Tensor
+    outputs: np.ndarray
+    activations: np.ndarray
+    means: np.ndarray
+    rstds: np.ndarray
+
+
+class CompiledLayer(NamedTuple):
+    """Linear → LayerNorm → LeakyReLU: its parameters, or their gradients, as arrays on the tensors' memory."""
+
+    linear: LinearTensors
+    weight: np.ndarray
+    bias: np.ndarray
+    norm_weight: np.ndarray
+    norm_bias: np.ndarray
+    epsilon: float
+    negative_slope: float
+
+    @classmethod
+    def of(cls, layer: HiddenLayer) -> "CompiledLayer":
+        """
+        The arrays of a layer.
+
+        :param layer: The layer
+        :return: Its arrays
+        """
+        norm = layer.layer_norm
+        assert norm is not None  # for_policy has looked
+        weight, bias = layer.linear.weight.numpy(), layer.linear.bias.numpy()
+        number = weight.dtype.type  # of the arrays' type, so that all is computed in it
+        settings = number(norm.epsilon), number(layer.negative_slope)
+        return cls(layer.linear, weight, bias, norm.weight.numpy(), norm.bias.numpy(), *settings)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the layer has so few features that its products are kernels too."""
+        return bool(self.weight.shape[1] <= FEW_FEATURES)
+
+    def affine(self, inputs: th.Tensor, place: th.Tensor | None = None) -> th.Tensor:
+        """
+        x Wᵀ + b.
+
+        :param inputs: x, shape (B, in_features)
+        :param place: Where it may be written, shape (B, out_features)
+        :return: shape (B, out_features)
+        """
+        if not self.is_narrow:
+            return affine(self.linear, inputs)
+        outputs = inputs.new_empty(inputs.size(0), len(self.weight)) if place is None else place
+        kernels.narrow_affine(inputs.numpy(), self.weight, self.bias, outputs.numpy())
+        return outputs
+
+    def activations_of_one(self, inputs: np.ndarray) -> np.ndarray:
+        """
+        The whole layer for one observation, where there are too few numbers for a matrix product.
+
+        :param inputs: x, shape (in_features,)
+        :return: shape (out_features,)
+        """
+        activations = np.empty_like(self.bias)
+        norm = self.norm_weight, self.norm_bias
+        kernels.hidden_layer_of_one(inputs, self.weight, self.bias, *norm, self.epsilon, self.negative_slope, activations)
+        return activations
+
+    def activate(self, outputs: np.ndarray, activations: np.ndarray, means: np.ndarray, rstds: np.ndarray) -> None:
+        """
+        LayerNorm → LeakyReLU.
+
+        :param outputs: What the Linear gave, shape (B, out_features)
+        :param activations: Where the result is written, shape (B, out_features); may be ``outputs``
+        :param means: Where the mean of each row is written
+        :param rstds: Where 1 / standard deviation of each row is written
+        """
+        norm = self.norm_weight, self.norm_bias
+        kernels.normalise_and_activate(outputs, *norm, self.epsilon, self.negative_slope, activations, means, rstds)
+
+    def backward_to_linear(self, gradients: "CompiledLayer", kept: KeptLayer, gradient: np.ndarray) -> None:
+        """
+        From the gradient of the activations, which is overwritten, to that of the Linear's outputs; the weight's is left out.
+
+        :param gradients: Where the gradients of the parameters are written
+        :param kept: Of the forward pass
+        :param gradient: The gradient, shape (B, out_features)
+        """
+        kernels.normalise_and_activate_backward(
+            gradient,
+            kept.outputs,
+            kept.activations,
+            kept.means,
+            kept.rstds,
+            self.norm_weight,
+            self.negative_slope,
+            gradients.norm_weight,
+            gradients.norm_bias,
+            gradients.bias,
+        )
+
+    def write_weight_gradient(self, inputs: th.Tensor, gradient: th.Tensor) -> None:
+        """
+        The gradient of the weight, into these arrays.
+
+        :param inputs: x, shape (B, in_features)
+        :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
+        """
+        if self.is_narrow:
+            kernels.narrow_weight_gradient(inputs.numpy(), gradient.numpy(), self.weight)
+        else:
+            write_weight_gradient(self.linear, inputs, gradient)
+
+
+class CompiledHead(NamedTuple):
+    """The layers behind the encoder: their parameters, or the gradients of these."""
+
+    hidden_layers: list[CompiledLayer]
+    final_weight: np.ndarray
+    final_bias: np.ndarray
+    #: More rows are work for several threads, which the kernels do not use.
+    most_rows: int
+
+    @classmethod
+    def of(cls, head: Head) -> "CompiledHead":
+        """
+        The arrays of a head.
+
+        :param head: The head, for which :func:`is_compilable` holds
+        :return: Its arrays
+        """
+        hidden_layers = [*map(CompiledLayer.of, head.hidden_layers)]
+        weight, bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
+        n_parameters = weight.size + bias.size
+        n_parameters += sum(layer.weight.size + 3 * layer.bias.size for layer in hidden_layers)
+        return cls(hidden_layers, weight, bias, SMALL_WORK // n_parameters)
+
+    def q_values(self, features: th.Tensor) -> th.Tensor:
+        """
+        Q(s, ·).
+
+        :param features: What the encoder gives, shape (B, features_dim)
+        :return: Q values, shape (B, |A|)
+        """
+        features = features.contiguous()
+        means, rstds = np.empty((2, features.size(0)), self.final_weight.dtype)
+        for layer in self.hidden_layers:
+            features = layer.affine(features)
+            activations = features.numpy()
+            layer.activate(activations, activations, means, rstds)
+        return self.final_layer(activations)
+
+    def q_values_of_one(self, features: np.ndarray) -> np.ndarray:
+        """
+        Q(s, ·) of one observation.
+
+        :param features: What the encoder gives, shape (features_dim,)
+        :return: Q values, shape (|A|,)
+        """
+        for layer in self.hidden_layers:
+            features = layer.activations_of_one(features)
+        q_values = np.empty((1, len(self.final_bias)), features.dtype)
+        kernels.final_layer(features[None], self.final_weight, self.final_bias, q_values)
+        q_values_of_one: np.ndarray = q_values[0]
+        return q_values_of_one
+
+    def forward_for_backward(self, features: th.Tensor, workspaces: list[Workspace]) -> list[KeptLayer]:
+        """
+        The hidden layers, keeping what the backward pass needs.
+
+        :param features: What the encoder gives, shape (B, features_dim)
+        :param workspaces: Of each layer, for B rows
+        :return: What each layer keeps
+        """
+        kept = []
+        features = features.contiguous()
+        for layer, (place, activations, means, rstds) in zip(self.hidden_layers, workspaces, strict=True):
+            outputs = layer.affine(features, place).numpy()
+            kept.append(KeptLayer(features, outputs, activations.numpy(), means, rstds))
+            layer.activate(*kept[-1][1:])
+            features = activations
+        return kept
+
+    def final_layer(self, activations: np.ndarray) -> th.Tensor:
+        """
+        Q(s, ·), from the last activations.
+
+        :param activations: These, shape (B, n)
+        :return: Q values, shape (B, |A|)
+        """
+        q_values = np.empty((len(activations), len(self.final_bias)), activations.dtype)
+        kernels.final_layer(activations, self.final_weight, self.final_bias, q_values)
+        return th.from_numpy(q_values)
+
+
+def is_compilable(head: Head | None) -> bool:
+    """
+    Whether the kernels compute what a head does.
+
+    :param head: The head
+    :return: Whether it has hidden layers, each with a LayerNorm, float32 or float64 parameters, and Numba compiles
+    """
+    if (
+        not kernels.is_compiling()
+        or head is None
+        or not head.hidden_layers
+        or head.final_layer.weight.dtype not in (th.float32, th.float64)
+    ):
+        return False
+    norms_and_outputs = [(layer.layer_norm, layer.linear.weight.size(0)) for layer in head.hidden_layers]
+    return all(norm is not None and norm.shape == [n_outputs] for norm, n_outputs in norms_and_outputs)

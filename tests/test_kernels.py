@@ -1,0 +1,297 @@
+"""What Numba compiles computes what PyTorch computes, and is left out where it does not fit."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numba
+import numpy as np
+import pytest
+import torch as th
+from both_paths import BATCH_SIZE, DoubleFlatten, make_model, random_batch, train_on
+from torch.nn import functional
+
+from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.fast import kernels
+from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.compiled_head import FEW_FEATURES
+from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
+from sb3_lecture_dqn.fast.threads import SMALL_WORK
+from sb3_lecture_dqn.fast.update import FastUpdate
+
+DTYPES = [np.float32, np.float64]
+SIZES = [(1, 1, 1), (5, 3, 2), (8, 4, 16), (130, 33, 7), (13, 7, 257)]
+
+
+def random(*shape: int, dtype: Any) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(dtype)
+
+
+def assert_close(ours: np.ndarray, theirs: th.Tensor) -> None:
+    tolerance = 1e-12 if ours.dtype == np.float64 else 2e-5
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_rows", "n_inputs", "n_outputs"), SIZES)
+def test_products_with_few_features_are_pytorchs(n_rows: int, n_inputs: int, n_outputs: int, dtype: Any) -> None:
+    inputs, gradient = random(n_rows, n_inputs, dtype=dtype), random(n_rows, n_outputs, dtype=dtype)
+    weight, bias = random(n_outputs, n_inputs, dtype=dtype), random(n_outputs, dtype=dtype)
+    outputs, weight_gradient = np.full_like(gradient, np.nan), np.full_like(weight, np.nan)
+    kernels.narrow_affine(inputs, weight, bias, outputs)
+    assert_close(outputs, functional.linear(*map(th.from_numpy, (inputs, weight, bias))))
+    kernels.narrow_weight_gradient(inputs, gradient, weight_gradient)
+    assert_close(weight_gradient, th.from_numpy(gradient).T @ th.from_numpy(inputs))
+
+
+class Layer:
+    """LayerNorm → LeakyReLU by PyTorch, on the numbers that the kernels get."""
+
+    def __init__(self, n_rows: int, n: int, dtype: Any, slope: float) -> None:
+        self.slope, self.dtype = slope, dtype
+        self.outputs, self.gradient = random(n_rows, n, dtype=dtype), random(n_rows, n, dtype=dtype)[::-1].copy()
+        self.weight, self.bias = random(n, dtype=dtype), random(n, dtype=dtype)[::-1].copy()
+        tensors = [th.tensor(array, requires_grad=True) for array in (self.outputs, self.weight, self.bias)]
+        normalised = functional.layer_norm(tensors[0], [n], *tensors[1:], eps=0.1)
+        self.expected = functional.leaky_relu(normalised, slope)
+        self.expected_gradients = th.autograd.grad(self.expected, tensors, th.from_numpy(self.gradient))
+
+    def activations(self, in_place: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        outputs = self.outputs.copy()
+        activations = outputs if in_place else np.full_like(outputs, np.nan)
+        means, rstds = np.full((2, len(outputs)), np.nan, self.dtype)
+        settings = self.dtype(0.1), self.dtype(self.slope)
+        kernels.normalise_and_activate(outputs, self.weight, self.bias, *settings, activations, means, rstds)
+        return activations, means, rstds
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.5])
+@pytest.mark.parametrize(("n_rows", "n"), [(1, 2), (5, 17), (64, 256)])
+def test_layer_norm_and_leaky_relu_are_pytorchs_forward_and_backward(n_rows: int, n: int, slope: float, dtype: Any) -> None:
+    layer = Layer(n_rows, n, dtype, slope)
+    activations, means, rstds = layer.activations()
+    assert_close(activations, layer.expected)
+    np.testing.assert_array_equal(layer.activations(in_place=True)[0], activations)
+    gradients = [np.full(n, np.nan, dtype) for _ in range(3)]
+    kernels.normalise_and_activate_backward(
+        layer.gradient, layer.outputs, activations, means, rstds, layer.weight, dtype(slope), *gradients
+    )
+    of_outputs, of_weight, of_bias = layer.expected_gradients
+    for ours, theirs in zip([layer.gradient, *gradients], [of_outputs, of_weight, of_bias, of_outputs.sum(0)], strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_inputs", [1, 9, 256])
+def test_a_layer_for_one_observation_is_the_layer_for_several(n_inputs: int, dtype: Any) -> None:
+    layer = Layer(1, 33, dtype, 0.01)
+    inputs, linear = random(n_inputs, dtype=dtype), random(33, n_inputs, dtype=dtype)
+    outputs = functional.linear(*map(th.from_numpy, (inputs, linear, layer.bias)))
+    normalised = functional.layer_norm(outputs, [33], th.from_numpy(layer.weight), th.from_numpy(layer.bias), eps=0.1)
+    activations = np.full(33, np.nan, dtype)
+    settings = dtype(0.1), dtype(0.01)
+    kernels.hidden_layer_of_one(inputs, linear, layer.bias, layer.weight, layer.bias, *settings, activations)
+    assert_close(activations, functional.leaky_relu(normalised, 0.01))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_rows", "n_actions"), [(1, 1), (7, 4), (128, 18)])
+def test_the_final_layer_and_the_gradient_of_the_squared_td_error_are_pytorchs(
+    n_rows: int, n_actions: int, dtype: Any
+) -> None:
+    features, weight = random(n_rows, 19, dtype=dtype), random(n_actions, 19, dtype=dtype)
+    bias, targets = random(n_actions, dtype=dtype), random(n_rows, 1, dtype=dtype)
+    actions = np.random.default_rng(0).integers(n_actions, size=(n_rows, 1))
+    tensors = [th.tensor(array, requires_grad=True) for array in (features, weight, bias)]
+    expected = functional.linear(*tensors)
+    loss = functional.mse_loss(expected.gather(1, th.from_numpy(actions)), th.from_numpy(targets))
+    q_values = np.full((n_rows, n_actions), np.nan, dtype)
+    kernels.final_layer(features, weight, bias, q_values)
+    assert_close(q_values, expected)
+    gradients = [np.full_like(array, np.nan) for array in (features, weight, bias)]
+    kernels.squared_td_error_backward(features, weight, q_values, actions, targets, *gradients)
+    for ours, theirs in zip(gradients, th.autograd.grad(loss, tensors), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("action", [-1, 3])
+def test_an_action_outside_of_the_action_space_is_an_error_and_writes_nowhere(action: int) -> None:
+    model = make_model("vector", fast=True)
+    batch = random_batch("vector", np.random.default_rng(0))
+    batch.actions[5] = action
+    with pytest.raises(IndexError, match="an action in the replay buffer is none of the action space"):
+        train_on(model, batch)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_adam_is_pytorchs(dtype: th.dtype) -> None:
+    th.manual_seed(0)
+    ours, theirs = (th.nn.Parameter(th.linspace(-1, 1, 37, dtype=dtype)) for _ in range(2))
+    settings: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-5}
+    optimizer, plain = th.optim.Adam([ours], **settings), th.optim.Adam([theirs], **settings)
+    gradient = th.zeros_like(ours.data)
+    adam = CompiledAdam(optimizer, ours.data, gradient)
+    for step in range(50):
+        optimizer.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 3e-3 / (1 + step)
+        gradient.copy_(th.randn(37, dtype=dtype))
+        theirs.grad = gradient.clone()
+        adam.step()
+        plain.step()
+    assert_close(ours.detach().numpy(), theirs)
+    for name, value in plain.state[theirs].items():
+        assert th.allclose(optimizer.state[ours][name], value, rtol=1e-5)
+
+
+def test_the_norm_of_the_gradient_is_pytorchs() -> None:
+    for dtype in DTYPES:
+        gradient = random(70_148, dtype=dtype)
+        assert kernels.squared_norm(gradient) == pytest.approx(float(np.square(gradient, dtype=np.float64).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_reach_the_parameters_as_they_do_on_the_plain_path(bad: float) -> None:
+    for fast in (False, True):
+        model = make_model("vector", fast)
+        batch = random_batch("vector", np.random.default_rng(0))
+        batch.rewards[3] = bad
+        train_on(model, batch)
+        assert all(not parameter.isfinite().all() for parameter in model.q_net.parameters())
+
+
+# Rounding
+
+
+def parameters_after(kind: str, dtype: th.dtype = th.float32) -> th.Tensor:
+    """θ after 300 gradient steps on the same transitions, whose actions no float32 rounding changes."""
+    settings: dict[str, Any] = {"learning_starts": 40, "batch_size": 32, "gradient_steps": 25, "learning_rate": 5e-4}
+    policy_kwargs = {"features_extractor_class": DoubleFlatten} if dtype == th.float64 else {}
+    model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, policy_kwargs=policy_kwargs, **settings)
+    model.policy.to(dtype)
+    make = {"plain": lambda: None, "compiled": lambda: CompiledUpdate.for_policy(model.policy)}[kind]
+    model._make_fast_update = make  # type: ignore[method-assign]
+    model.learn(88)
+    assert model._n_updates == 300
+    return th.cat([parameter.detach().double().flatten() for parameter in model.q_net.parameters()])
+
+
+def test_a_float32_run_stays_as_near_to_float64_as_the_plain_path() -> None:
+    exact = parameters_after("plain", th.float64)
+    errors = {kind: (parameters_after(kind) - exact).abs().max().item() for kind in ("plain", "compiled")}
+    assert errors["compiled"] < 2 * errors["plain"] < 1e-5
+
+
+# Where they are used
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind"),
+    [
+        ({}, CompiledUpdate),
+        ({"policy_kwargs": {"activation_fn": th.nn.ReLU}}, CompiledUpdate),
+        ({"policy_kwargs": {"net_arch": []}}, FastUpdate),
+        ({"policy_kwargs": {"layer_norm": False}}, FastUpdate),
+    ],
+)
+def test_they_are_used_for_hidden_layers_with_layer_norm(kwargs: dict[str, Any], kind: type[FastUpdate]) -> None:
+    model = make_model("vector", fast=True, dtype=th.float32, **kwargs)
+    train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+    assert type(model._fast_update) is kind
+    acting = FastActing.for_policy(model.policy)
+    assert acting is not None
+    assert (acting.compiled_head is not None) == (kind is CompiledUpdate)
+
+
+def test_without_a_compiler_pytorchs_operations_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    model = make_model("vector", fast=True, dtype=th.float32)
+    train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+    assert type(model._fast_update) is FastUpdate
+    acting = FastActing.for_policy(model.policy)
+    assert acting is not None
+    assert acting.compiled_head is None
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, ...]]:
+    """The shapes of the first arguments that a kernel gets."""
+    shapes: list[tuple[int, ...]] = []
+    kernel: Callable[..., Any] = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda first, *rest: (shapes.append(first.shape), kernel(first, *rest))[1])
+    return shapes
+
+
+def test_work_for_several_threads_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = spied(monkeypatch, "final_layer")
+    model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), learning_starts=0, seed=0)
+    most_rows = SMALL_WORK // sum(parameter.numel() for parameter in model.q_net.parameters())
+    model.learn(8)
+    for batch_size, n_passes in ((most_rows, 2), (most_rows + 1, 0)):
+        shapes.clear()
+        model.train(1, batch_size)
+        assert shapes == n_passes * [(batch_size, 256)]
+
+
+@pytest.mark.parametrize("n_features", [FEW_FEATURES, FEW_FEATURES + 1])
+def test_products_with_many_features_are_pytorchs_own(monkeypatch: pytest.MonkeyPatch, n_features: int) -> None:
+    forward, backward = spied(monkeypatch, "narrow_affine"), spied(monkeypatch, "narrow_weight_gradient")
+    kwargs = {"net_arch": [n_features, 5, 40, 6]}
+    model = make_model("vector", fast=True, policy_kwargs=kwargs)
+    plain = make_model("vector", fast=False, policy_kwargs=kwargs)
+    batch = random_batch("vector", np.random.default_rng(0))
+    for each in (model, plain):
+        train_on(each, batch)
+    n_inputs = [5, n_features, 5, 40] if n_features == FEW_FEATURES else [5, 5]
+    few = sorted(n for n in n_inputs if n <= FEW_FEATURES)
+    assert sorted(shape[1] for shape in backward) == few
+    assert sorted(shape[1] for shape in forward) == sorted(2 * few)
+    pairs = zip(model.policy.parameters(), plain.policy.parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-12
+
+
+def test_batches_of_another_size_get_memory_of_their_own() -> None:
+    model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=0, policy_kwargs={"net_arch": [9]}, seed=0).learn(20)
+    for batch_size in (16, 7, 16):
+        model.train(2, batch_size)
+        update = model._fast_update
+        assert isinstance(update, CompiledUpdate)
+        assert [len(workspace.means) for workspace in update._workspaces] == [batch_size]
+
+
+def test_targets_that_are_not_one_for_each_action_are_refused() -> None:
+    model = make_model("vector", fast=True)
+    batch = random_batch("vector", np.random.default_rng(0))
+    shapes = rf"shape of its actions, \({BATCH_SIZE}, 1\), got \({BATCH_SIZE}, {BATCH_SIZE}\)"
+    with pytest.raises(ValueError, match=shapes):
+        train_on(model, batch._replace(rewards=batch.rewards[:, 0]))
+
+
+def test_where_nothing_can_be_kept_on_disk_functions_are_compiled_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def without_a_folder(**options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", without_a_folder)
+    assert kernels.compiled(lambda number: number + 1)(2) == 3
+
+
+ONLY_LOADING = """
+import sys
+from sb3_lecture_dqn import LectureDQN
+
+model = LectureDQN.load(sys.argv[1])
+model.predict(model.observation_space.sample(), deterministic=True)
+print("numba" in sys.modules)
+"""
+
+
+def test_who_only_loads_a_model_and_acts_by_it_does_not_import_numba(tmp_path: Path) -> None:
+    LectureDQN("MlpPolicy", "CartPole-v1").save(tmp_path / "model.zip")
+    command = [sys.executable, "-c", ONLY_LOADING, str(tmp_path / "model.zip")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]
