@@ -115,6 +115,26 @@ os.waitpid(child, 0)
 """
 
 
+STATE_AT_THE_END = """
+import atexit, threading
+from sb3_lecture_dqn.fast.second_thread import SecondThread
+
+def print_the_threads():
+    print([thread.name for thread in threading.enumerate() if thread is not threading.main_thread()])
+
+atexit.register(print_the_threads)  # what is registered last is called first
+used = SecondThread()
+used._is_used = True
+used.start(lambda: None).result()
+print_the_threads()
+"""
+
+
+def test_it_has_ended_when_python_ends_the_process() -> None:
+    run = subprocess.run([sys.executable, "-c", STATE_AT_THE_END], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["['lecture_dqn_second_thread']", "[]"]
+
+
 def test_a_forked_process_has_a_second_thread_of_its_own() -> None:
     run = subprocess.run([sys.executable, "-c", NAMES_OF_THREADS], capture_output=True, text=True, check=True)
     assert run.stdout.split() == 2 * ["lecture_dqn_second_thread"]
@@ -220,8 +240,10 @@ def test_metrics_that_are_read_later_keep_no_observations(monkeypatch: pytest.Mo
 # Whether it is worth having
 
 
-def decision(monkeypatch: pytest.MonkeyPatch, with_it: float, without_it: float, may_be_used: bool = True) -> list[bool]:
-    """Which pieces of training use it, if they take so many seconds."""
+def decision(
+    monkeypatch: pytest.MonkeyPatch, with_it: float, without_it: float, may_be_used: bool = True, after_it: float = 0.0
+) -> list[bool]:
+    """Which training calls use it, if they take so many seconds, and the collection after one with it so many more."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     second_thread = SecondThread()
@@ -230,15 +252,26 @@ def decision(monkeypatch: pytest.MonkeyPatch, with_it: float, without_it: float,
         with second_thread.measured(may_be_used, gradient_steps=4):
             uses.append(second_thread._is_used)
             now[0] += with_it if second_thread._is_used else without_it
+        now[0] += after_it if second_thread._is_used else 0.0
     return uses
 
 
-def test_it_is_used_where_it_was_quicker_and_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "is_quicker"),
+    [
+        ({"with_it": 0.9, "without_it": 1.0}, True),
+        ({"with_it": 1.1, "without_it": 1.0}, False),
+        ({"with_it": 0.9, "without_it": 1.0, "after_it": 0.05}, True),
+        ({"with_it": 0.9, "without_it": 1.0, "after_it": 0.2}, False),
+    ],
+)
+def test_it_is_used_where_training_and_collecting_are_quicker_and_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], is_quicker: bool
+) -> None:
     trial, period = SecondThread.trial, SecondThread.period
-    for with_it, without_it in ((0.9, 1.0), (1.1, 1.0)):
-        uses = decision(monkeypatch, with_it, without_it)
-        assert sum(uses[:trial]) == sum(uses[period:]) == trial / 2
-        assert set(uses[trial:period]) == {with_it < without_it}
+    uses = decision(monkeypatch, **seconds)
+    assert sum(uses[:trial]) == sum(uses[period:]) == trial / 2
+    assert set(uses[trial:period]) == {is_quicker}
 
 
 def test_who_allows_one_thread_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

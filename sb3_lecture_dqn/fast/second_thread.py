@@ -7,6 +7,7 @@ Whatever it has not begun when it is needed, the first thread computes itself, s
 not hold up the training; and the same pieces are computed in the same way by either, so the result does not depend on it.
 """
 
+import atexit
 import os
 import statistics
 import threading
@@ -64,20 +65,27 @@ class Task(Generic[T]):
 
 
 @cache
-def _queue(process_id: int) -> "SimpleQueue[Task[Any]]":
+def _queue(process_id: int) -> "SimpleQueue[Task[Any] | None]":
     """The tasks of the second thread. A process has one; a forked process has its parent's variables, but not its threads."""
-    tasks: SimpleQueue[Task[Any]] = SimpleQueue()
+    tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
     has_begun = threading.Event()
 
     @th.inference_mode()
     def work() -> None:
         th.get_num_threads()  # PyTorch gives this thread the number of threads that is set now, which is one
         has_begun.set()
-        while True:
-            tasks.get().run()
+        while (task := tasks.get()) is not None:
+            task.run()
 
-    threading.Thread(target=work, name="lecture_dqn_second_thread", daemon=True).start()
+    thread = threading.Thread(target=work, name="lecture_dqn_second_thread", daemon=True)
+    thread.start()
     has_begun.wait()
+
+    @atexit.register
+    def end() -> None:  # PyTorch aborts a process that Python ends while another thread is still at work
+        tasks.put(None)
+        thread.join()
+
     return tasks
 
 
@@ -86,18 +94,22 @@ class SecondThread:
     The second thread of one model, and the measurement whether it is worth having.
 
     Whether a second core is idle is not known and changes, so now and then a few training calls are made with and without it
-    in turn, and the quicker way is kept until the next time.
+    in turn, and the quicker way is kept until the next time. Quicker is what takes less time from the end of one training call
+    to the end of the next: what the other core has written, the collection reads more slowly.
     """
 
     #: Of so many training calls …
     period: ClassVar[int] = 500
-    #: … these first ones, half of them with the second thread, decide about the others.
+    #: … these first ones decide about the others …
     trial: ClassVar[int] = 20
+    #: … so many without it, then so many with it, and so on. The first, which finds what the other way left, is not counted.
+    block: ClassVar[int] = 5
 
     def __init__(self) -> None:
         self._is_used = False
         self._is_worth_it = False
         self._position = 0
+        self._last_end: float | None = None
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 
     def start(self, call: Callable[[], T]) -> Task[T]:
@@ -138,14 +150,16 @@ class SecondThread:
         :param gradient_steps: Number of its gradient steps
         """
         is_trial = self._position < self.trial
-        self._is_used = may_be_used and (self._position % 2 == 1 if is_trial else self._is_worth_it)
-        start = time.perf_counter()
+        self._is_used = may_be_used and (self._position // self.block % 2 == 1 if is_trial else self._is_worth_it)
+        start = time.perf_counter() if self._last_end is None else self._last_end
         yield
         if not may_be_used:
+            self._last_end = None
             return
+        self._last_end = time.perf_counter()
+        if is_trial and self._position % self.block:
+            self._seconds[self._is_used].append((self._last_end - start) / max(gradient_steps, 1))
         self._position = (self._position + 1) % self.period
-        if is_trial:
-            self._seconds[self._is_used].append((time.perf_counter() - start) / max(gradient_steps, 1))
         if is_trial and self._position == self.trial:
             self._is_worth_it = statistics.median(self._seconds[True]) < statistics.median(self._seconds[False])
             self._seconds = {True: [], False: []}
