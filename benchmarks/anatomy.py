@@ -34,11 +34,12 @@ from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.envs import GymVectorVecEnv
-from sb3_lecture_dqn.fast import threads
+from sb3_lecture_dqn.fast import kernels, threads
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.adam import FlatAdam
+from sb3_lecture_dqn.fast.compiled_head import KeptLayer, Workspace
 from sb3_lecture_dqn.fast.graph import Capturer, capture
-from sb3_lecture_dqn.fast.head import backward, forward, forward_for_backward
+from sb3_lecture_dqn.fast.head import forward
 from sb3_lecture_dqn.fast.products import ONEDNN_LINEAR
 from sb3_lecture_dqn.fast.second_thread import SecondThread
 
@@ -80,16 +81,23 @@ def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
     update = model._current_fast_update()
     samples = model._sample_batch(n_steps * batch_size)
     batch = model._sample_batch(batch_size)
-    with th.no_grad():
-        made = forward_for_backward(update.head, batch.observations)
-        gradient = th.randn(batch_size, 4)
-        to_backward = (update.head, update.head_gradients, made, gradient, False, update.second_thread)
+    head, targets = update.compiled_head, th.randn(batch_size, 1)
+    workspaces = [Workspace.of(layer, batch_size) for layer in head.hidden_layers]
+
+    def q_values() -> th.Tensor:
+        return head.final_layer(head.forward_for_backward(batch.observations, workspaces)[-1].activations)
+
+    def q_values_and_gradient() -> object:
+        return update._head_gradients_of(batch.observations, batch.actions, lambda: targets)
+
+    with th.inference_mode():
+        forward_time = microseconds(q_values)
         return {
             "sampling": microseconds(lambda: model._sample_batch(n_steps * batch_size)) / n_steps,
             "Q(s', ·, ψ)": microseconds(lambda: update.next_q_values(samples.next_observations)) / n_steps,
-            "Q(s, ·, θ)": microseconds(lambda: forward_for_backward(update.head, batch.observations)),
-            "its gradient": microseconds(lambda: backward(*to_backward)),
-            "norm of the gradient": microseconds(update.gradient.norm),
+            "Q(s, ·, θ)": forward_time,
+            "its gradient": microseconds(q_values_and_gradient) - forward_time,
+            "norm of the gradient": microseconds(update._squared_norm),
             "Adam": microseconds(update.adam.step),
             "all": microseconds(lambda: model.train(n_steps, batch_size)) / n_steps,
         }
@@ -240,47 +248,115 @@ def acting_on_a_dictionary(algorithm: type[Any]) -> float:
     return microseconds(lambda: model.policy.predict(observations, deterministic=True))
 
 
-def print_choices() -> None:
-    """What was chosen beside what was not, on one thread."""
-    th.set_num_threads(1)
+def costs_between_the_products() -> dict[str, float]:
+    """What Numba compiles, and PyTorch's operations for the same."""
+    update = trained(LectureDQN)._current_fast_update()
+    layer, gradients = (head.hidden_layers[1] for head in (update.compiled_head, update.compiled_gradients))
+    outputs, gradient, overwritten = (th.randn(128, 256) for _ in range(3))
+    _, activations, *means_and_rstds = Workspace.of(layer, 128)
+    kept = KeptLayer(outputs, outputs.numpy(), activations.numpy(), *means_and_rstds)
+    weight, bias = th.from_numpy(layer.norm_weight), th.from_numpy(layer.norm_bias)
+    _, *mean_and_rstd = th.native_layer_norm(outputs, [256], weight, bias, 1e-5)
+
+    def activate() -> None:
+        functional.leaky_relu_(th.native_layer_norm(outputs, [256], weight, bias, 1e-5)[0], 0.01)
+
+    def backward_by_a_kernel() -> None:
+        overwritten.copy_(gradient)
+        layer.backward_to_linear(gradients, kept, overwritten.numpy())
+
+    def backward() -> None:
+        th.ops.aten.leaky_relu_backward.grad_input(gradient, activations, 0.01, True, grad_input=overwritten)
+        settings = ([256], *mean_and_rstd, weight, bias, [True, True, True])
+        th.ops.aten.native_layer_norm_backward.default(overwritten, outputs, *settings)[0].sum(dim=0)
+
+    return {
+        "LayerNorm and LeakyReLU: a kernel": microseconds(lambda: layer.activate(*kept[1:])),
+        "LayerNorm and LeakyReLU: PyTorch's operations": microseconds(activate),
+        "their gradient and the bias's: a kernel": microseconds(backward_by_a_kernel),
+        "their gradient and the bias's: PyTorch's operations": microseconds(backward),
+    }
+
+
+def costs_of_acting() -> dict[str, float]:
+    """A greedy action from LunarLander's observation, and from an image and a vector."""
     model, sb3 = trained(LectureDQN), trained(DQN)
     update, acting = model._current_fast_update(), FastActing.for_policy(model.policy)
+    by_numpy = FastActing.for_policy(model.policy)
+    by_numpy.compiled_head = None
     observation = model.env.reset()
-    parameter = th.nn.Parameter(update.theta.clone())
-    parameter.grad = update.gradient.clone()
-    adams = [th.optim.Adam([parameter], fused=fused, foreach=False) for fused in (True, False)]
 
     def by_pytorch() -> np.ndarray:
         actions: np.ndarray = forward(update.head, th.from_numpy(observation)).argmax(dim=1).numpy()
         return actions
 
+    return {
+        "acting: kernels on the parameters": microseconds(lambda: acting.greedy_actions(observation)),
+        "acting: numpy on the parameters": microseconds(lambda: by_numpy.greedy_actions(observation)),
+        "acting: the same in PyTorch's operations": microseconds(by_pytorch),
+        "acting: SB3's predict": microseconds(lambda: sb3.policy.predict(observation, deterministic=True)),
+        "acting on an image and a vector: its encoder, then kernels": acting_on_a_dictionary(LectureDQN),
+        "acting on an image and a vector: SB3's predict": acting_on_a_dictionary(DQN),
+    }
+
+
+def costs_of_adam() -> dict[str, float]:
+    """A step of Adam on LunarLander's network."""
+    model = trained(LectureDQN)
+    update = model._current_fast_update()
+    fused = FlatAdam(th.optim.Adam(model.q_net.parameters()), update.theta, update.gradient)
+    parameter = th.nn.Parameter(update.theta.clone())
+    parameter.grad = update.gradient.clone()
+    adams = [th.optim.Adam([parameter], fused=is_fused, foreach=False) for is_fused in (True, False)]
+    return {
+        "Adam: a kernel": microseconds(update.adam.step),
+        "Adam: PyTorch's fused kernel": microseconds(fused.step),
+        "Adam: torch.optim.Adam(fused=True), one tensor": microseconds(adams[0].step),
+        "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),
+    }
+
+
+def costs_of_products() -> dict[str, float]:
+    """The products of a batch of 128 with a layer, by the libraries that there are."""
     inputs, gradient = th.randn(128, 256), th.randn(128, 256)
     features, weight, narrow = th.randn(128, 8), th.randn(256, 256), th.empty(256, 8)
+    bias, first_weight, outputs = th.randn(256), th.randn(256, 8), th.empty(128, 256)
+    arrays = [tensor.numpy() for tensor in (features, first_weight, bias, outputs)]
+    of_gradient = features.numpy(), gradient.numpy(), narrow.numpy()
+    costs = {
+        "the product with the first layer, for 8 features: a kernel": microseconds(lambda: kernels.narrow_affine(*arrays)),
+        "the same: MKL": microseconds(lambda: th.addmm(bias, features, first_weight.t())),
+        "the gradient of the first layer's weight: a kernel": microseconds(
+            lambda: kernels.narrow_weight_gradient(*of_gradient)
+        ),
+        "the same: MKL, by itself": microseconds(lambda: th.mm(gradient.t(), features, out=narrow)),
+        "the same: MKL, as its transpose": microseconds(lambda: narrow.t().copy_(th.mm(features.t(), gradient))),
+        "the product with the middle layer: MKL": microseconds(lambda: th.mm(inputs, weight.t())),
+        "the gradient of its weight: MKL": microseconds(lambda: th.mm(gradient.t(), inputs)),
+    }
+    if ONEDNN_LINEAR is not None:
+        empty = (None, "none", [], "")
+        costs["the product with the middle layer: oneDNN"] = microseconds(lambda: ONEDNN_LINEAR(inputs, weight, *empty))
+        costs["the gradient of its weight: oneDNN"] = microseconds(lambda: ONEDNN_LINEAR(gradient.t(), inputs.t(), *empty))
+    return costs
+
+
+def print_choices() -> None:
+    """What was chosen beside what was not, on one thread."""
+    th.set_num_threads(1)
+    sb3 = trained(DQN)
+    replay_buffer = trained(LectureDQN).replay_buffer
     with th.no_grad():
         costs = {
-            "acting: numpy on the parameters": microseconds(lambda: acting.greedy_actions(observation)),
-            "acting: the same in PyTorch's operations": microseconds(by_pytorch),
-            "acting: SB3's predict": microseconds(lambda: sb3.policy.predict(observation, deterministic=True)),
-            "acting on an image and a vector: its encoder, then numpy": acting_on_a_dictionary(LectureDQN),
-            "acting on an image and a vector: SB3's predict": acting_on_a_dictionary(DQN),
-            "Adam: the fused kernel": microseconds(update.adam.step),
-            "Adam: torch.optim.Adam(fused=True), one tensor": microseconds(adams[0].step),
-            "Adam: torch.optim.Adam(), one tensor": microseconds(adams[1].step),
-            "128 of 50 000 transitions: one record each": microseconds(lambda: model.replay_buffer.sample(128)),
+            **costs_of_acting(),
+            **costs_between_the_products(),
+            **costs_of_adam(),
+            "128 of 50 000 transitions: one record each": microseconds(lambda: replay_buffer.sample(128)),
             "128 of 50 000 transitions: SB3's arrays": microseconds(lambda: sb3.replay_buffer.sample(128)),
             "a step of CartPole-v1 in a vector environment of one": step_of_cart_pole(LectureDQN),
             "a step of CartPole-v1 in SB3's vector environment": step_of_cart_pole(DQN),
-            "the product of 128 rows with the middle layer: MKL": microseconds(lambda: th.mm(inputs, weight.t())),
-            "the gradient of its weight: MKL": microseconds(lambda: th.mm(gradient.t(), inputs)),
-            "the gradient of a weight for 8 features": microseconds(lambda: th.mm(gradient.t(), features, out=narrow)),
-            "the same as its transpose": microseconds(lambda: narrow.t().copy_(th.mm(features.t(), gradient))),
+            **costs_of_products(),
         }
-        if ONEDNN_LINEAR is not None:
-            empty = (None, "none", [], "")
-            costs["the product of 128 rows with the middle layer: oneDNN"] = microseconds(
-                lambda: ONEDNN_LINEAR(inputs, weight, *empty)
-            )
-            costs["the gradient of its weight: oneDNN"] = microseconds(lambda: ONEDNN_LINEAR(gradient.t(), inputs.t(), *empty))
     print_costs(costs)
 
 
