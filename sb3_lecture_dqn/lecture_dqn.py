@@ -524,7 +524,14 @@ class LectureDQN(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         """D ∪ {(s, a, r, s', d)} (L10); a pause of ``GymVectorVecEnv`` is no transition of the environment."""
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        is_plain = type(replay_buffer) is ContiguousReplayBuffer and self._vec_normalize_env is None
+        if is_plain and not any(dones):
+            # SB3 copies s' first, to put the last observation of an episode into it; D copies it anyway
+            self._last_original_obs = self._last_obs
+            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+            self._last_obs = new_obs
+        else:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         paused = [i for i, info in enumerate(infos) if "is_pause" in info]
         if paused and isinstance(replay_buffer, (HerReplayBuffer, *UNIFORM_BUFFERS)):
             repeat_last_transitions(replay_buffer, paused)

@@ -6,9 +6,11 @@ import gymnasium
 import numpy as np
 import pytest
 from scripted_envs import CountingEnv
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_lecture_dqn import LectureDQN
+from sb3_lecture_dqn.replay_buffer import FIELDS, ContiguousReplayBuffer
 
 LENGTH = 3
 
@@ -114,3 +116,22 @@ def test_actions_are_stored_as_they_were_taken() -> None:
     model = LectureDQN("MlpPolicy", RecordingEnv(LENGTH), learning_starts=20, seed=0).learn(40)
     assert model.replay_buffer is not None
     assert model.replay_buffer.actions[:40, 0, 0].tolist() == taken
+
+
+class BufferOfAUsersOwn(ContiguousReplayBuffer):
+    """For which SB3's own way to store a transition is taken."""
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_transitions_are_stored_as_sb3_stores_them(n_envs: int) -> None:
+    arrays = []
+    for buffer_class in (None, BufferOfAUsersOwn):
+        env = make_vec_env("CartPole-v1", n_envs=n_envs, seed=0)
+        model = LectureDQN("MlpPolicy", env, replay_buffer_class=buffer_class, learning_starts=1_000, seed=0).learn(300)
+        buffer = model.replay_buffer
+        assert buffer is not None
+        assert buffer.dones.sum() > n_envs
+        np.testing.assert_array_equal(model._last_original_obs, buffer.observations[buffer.pos - 1])  # type: ignore[arg-type]
+        arrays.append([getattr(buffer, name).copy() for name in FIELDS])
+    for ours, theirs in zip(*arrays, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -94,7 +94,7 @@ def test_without_a_compiler_a_step_is_28_operations_and_those_that_a_training_ca
     model = trained_model()
     two, four = (operations_of(lambda n=n: model.train(n, 128)).total() for n in (2, 4))
     each = (four - two) / 2
-    assert each <= 28 + 2 * is_onednn_quicker  # two gradients have to be copied to their places then
+    assert each <= 28 + is_onednn_quicker
     assert two - 2 * each <= 27
 
 

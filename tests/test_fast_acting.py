@@ -162,13 +162,15 @@ def test_a_mirrored_view_of_the_observations_is_acted_on(encoder: Any, n_envs: i
         np.testing.assert_array_equal(fast_acting.greedy_actions(mirrored), expected)
 
 
+@pytest.mark.usefixtures("is_compiled")
 def test_one_observation_has_the_q_values_of_the_network() -> None:
     model = model_of("LunarLander-v3")
     fast_acting = FastActing.for_policy(model.policy)
     assert fast_acting is not None
     for observation in np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32):
-        q_values = model.q_net(th.as_tensor(observation[None])).detach().numpy()[0]
-        np.testing.assert_allclose(fast_acting._q_values_of_one(observation), q_values, rtol=1e-4, atol=1e-5)
+        q_values = model.q_net(th.as_tensor(observation[None])).detach().numpy()
+        ours = fast_acting._q_values_of_one(observation[None])
+        np.testing.assert_allclose(ours.reshape(1, -1), q_values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from both_paths import BATCH_SIZE, DoubleFlatten, make_model, random_batch, train_on
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN
@@ -89,10 +90,10 @@ def test_layer_norm_and_leaky_relu_are_pytorchs_forward_and_backward(n_rows: int
 @pytest.mark.parametrize("n_inputs", [1, 9, 256])
 def test_a_layer_for_one_observation_is_the_layer_for_several(n_inputs: int, dtype: Any) -> None:
     layer = Layer(1, 33, dtype, 0.01)
-    inputs, linear = random(n_inputs, dtype=dtype), random(33, n_inputs, dtype=dtype)
+    inputs, linear = random(1, n_inputs, dtype=dtype), random(33, n_inputs, dtype=dtype)
     outputs = functional.linear(*map(th.from_numpy, (inputs, linear, layer.bias)))
     normalised = functional.layer_norm(outputs, [33], th.from_numpy(layer.weight), th.from_numpy(layer.bias), eps=0.1)
-    activations = np.full(33, np.nan, dtype)
+    activations = np.full((1, 33), np.nan, dtype)
     settings = dtype(0.1), dtype(0.01)
     kernels.hidden_layer_of_one(inputs, linear, layer.bias, layer.weight, layer.bias, *settings, activations)
     assert_close(activations, functional.leaky_relu(normalised, 0.01))
@@ -123,7 +124,7 @@ def test_an_action_outside_of_the_action_space_is_an_error_and_writes_nowhere(ac
     model = make_model("vector", fast=True)
     batch = random_batch("vector", np.random.default_rng(0))
     batch.actions[5] = action
-    with pytest.raises(IndexError, match="an action in the replay buffer is none of the action space"):
+    with pytest.raises(IndexError, match=rf"^actions of a batch must be in 0 to 2, got {action}$"):
         train_on(model, batch)
 
 
@@ -266,6 +267,32 @@ def test_targets_that_are_not_one_for_each_action_are_refused() -> None:
     shapes = rf"shape of its actions, \({BATCH_SIZE}, 1\), got \({BATCH_SIZE}, {BATCH_SIZE}\)"
     with pytest.raises(ValueError, match=shapes):
         train_on(model, batch._replace(rewards=batch.rewards[:, 0]))
+
+
+class WideEncoder(FlattenExtractor):
+    """Gives other features than it says."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations).repeat(1, 2)
+
+
+def test_features_that_the_network_cannot_take_are_pytorchs_errors() -> None:
+    """The kernels would read what lies behind the array."""
+    for fast in (False, True):
+        model = make_model("vector", fast, dtype=th.float32, policy_kwargs={"features_extractor_class": WideEncoder})
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            train_on(model, random_batch("vector", np.random.default_rng(0)))
+        model = make_model("vector", fast, dtype=th.float32)
+        model.policy.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            train_on(model, random_batch("vector", np.random.default_rng(0)))
+    model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": WideEncoder})
+    acting = FastActing.for_policy(model.policy)
+    assert acting is not None
+    with pytest.raises(ValueError, match="not aligned"):
+        acting.greedy_actions(np.zeros((1, 5), np.float32))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        acting.greedy_actions(np.zeros((2, 5), np.float32))
 
 
 def test_where_nothing_can_be_kept_on_disk_functions_are_compiled_anyway(monkeypatch: pytest.MonkeyPatch) -> None:

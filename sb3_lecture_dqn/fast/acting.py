@@ -122,14 +122,14 @@ class FastActing:
         if isinstance(observations, dict) or not self.only_flattens:
             return self._encoded_greedy_actions(observations)
         if len(observations) == 1:
-            return np.array([self._q_values_of_one(observations.reshape(-1)).argmax()])
+            return np.array([self._q_values_of_one(observations.reshape(1, -1)).argmax()])
         with th.no_grad(), threads_for(len(observations) * self.n_parameters):
             features = th.from_numpy(np.ascontiguousarray(observations)).flatten(1)
             return self._greedy_actions_of_several(features)
 
     def _greedy_actions_of_several(self, features: th.Tensor) -> np.ndarray:
         compiled_head = self.compiled_head
-        if compiled_head is not None and len(features) <= compiled_head.most_rows:
+        if compiled_head is not None and compiled_head.takes(features):
             q_values = compiled_head.q_values(features)
         else:
             q_values = forward(self.head, features)
@@ -144,12 +144,13 @@ class FastActing:
         with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
             features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
             if len(features) == 1:
-                return np.array([self._q_values_of_one(features.numpy()[0]).argmax()])
+                return np.array([self._q_values_of_one(features.numpy()).argmax()])
             return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
-        if self.compiled_head is not None:
-            return self.compiled_head.q_values_of_one(np.ascontiguousarray(features))
+        if self.compiled_head is not None and self.compiled_head.takes(features):
+            return self.compiled_head.q_values_of_one(features)
+        features = features[0]
         for layer in self.hidden_layers:
             features = layer.weight.dot(features)
             features += layer.bias

@@ -90,17 +90,15 @@ class CompiledLayer(NamedTuple):
         kernels.narrow_affine(inputs.numpy(), self.weight, self.bias, outputs.numpy())
         return outputs
 
-    def activations_of_one(self, inputs: np.ndarray) -> np.ndarray:
+    def activate_one(self, inputs: np.ndarray, activations: np.ndarray) -> None:
         """
         The whole layer for one observation, where there are too few numbers for a matrix product.
 
-        :param inputs: x, shape (in_features,)
-        :return: shape (out_features,)
+        :param inputs: x, shape (1, in_features)
+        :param activations: Where the result is written, shape (1, out_features)
         """
-        activations = np.empty_like(self.bias)
         norm = self.norm_weight, self.norm_bias
         kernels.hidden_layer_of_one(inputs, self.weight, self.bias, *norm, self.epsilon, self.negative_slope, activations)
-        return activations
 
     def activate(self, outputs: np.ndarray, activations: np.ndarray, means: np.ndarray, rstds: np.ndarray) -> None:
         """
@@ -156,6 +154,8 @@ class CompiledHead(NamedTuple):
     final_bias: np.ndarray
     #: More rows are work for several threads, which the kernels do not use.
     most_rows: int
+    #: Where the activations of each hidden layer and the Q values of one observation are written.
+    places_of_one: list[np.ndarray]
 
     @classmethod
     def of(cls, head: Head) -> "CompiledHead":
@@ -169,13 +169,25 @@ class CompiledHead(NamedTuple):
         weight, bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
         n_parameters = weight.size + bias.size
         n_parameters += sum(layer.weight.size + 3 * layer.bias.size for layer in hidden_layers)
-        return cls(hidden_layers, weight, bias, SMALL_WORK // n_parameters)
+        places = [np.empty((1, len(each)), weight.dtype) for each in (*(layer.bias for layer in hidden_layers), bias)]
+        return cls(hidden_layers, weight, bias, SMALL_WORK // n_parameters, places)
+
+    def takes(self, features: th.Tensor | np.ndarray) -> bool:
+        """
+        Whether the kernels, which look at nothing, may have these features. If not, PyTorch says what is wrong, or takes them.
+
+        :param features: What the encoder gives, shape (B, features_dim)
+        :return: Whether they are few enough rows, with the number and the type of features of the first layer
+        """
+        weight = self.hidden_layers[0].weight if isinstance(features, np.ndarray) else self.hidden_layers[0].linear.weight
+        is_matrix = features.ndim == 2 and features.shape[0] <= self.most_rows
+        return is_matrix and features.shape[1] == weight.shape[1] and features.dtype == weight.dtype
 
     def q_values(self, features: th.Tensor) -> th.Tensor:
         """
         Q(s, ·).
 
-        :param features: What the encoder gives, shape (B, features_dim)
+        :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
         :return: Q values, shape (B, |A|)
         """
         features = features.contiguous()
@@ -190,21 +202,22 @@ class CompiledHead(NamedTuple):
         """
         Q(s, ·) of one observation.
 
-        :param features: What the encoder gives, shape (features_dim,)
-        :return: Q values, shape (|A|,)
+        :param features: What the encoder gives, shape (1, features_dim), for which :meth:`takes` holds
+        :return: Q values, shape (1, |A|), which the next call overwrites
         """
-        for layer in self.hidden_layers:
-            features = layer.activations_of_one(features)
-        q_values = np.empty((1, len(self.final_bias)), features.dtype)
-        kernels.final_layer(features[None], self.final_weight, self.final_bias, q_values)
-        q_values_of_one: np.ndarray = q_values[0]
-        return q_values_of_one
+        features = np.ascontiguousarray(features)
+        *places, q_values = self.places_of_one
+        for layer, place in zip(self.hidden_layers, places, strict=True):
+            layer.activate_one(features, place)
+            features = place
+        kernels.final_layer(features, self.final_weight, self.final_bias, q_values)
+        return q_values
 
     def forward_for_backward(self, features: th.Tensor, workspaces: list[Workspace]) -> list[KeptLayer]:
         """
         The hidden layers, keeping what the backward pass needs.
 
-        :param features: What the encoder gives, shape (B, features_dim)
+        :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
         :param workspaces: Of each layer, for B rows
         :return: What each layer keeps
         """

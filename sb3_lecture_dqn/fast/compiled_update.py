@@ -80,8 +80,8 @@ class CompiledUpdate(FastUpdate):
         return (FlatAdam if has_trained_encoder else CompiledAdam)(optimizer, self.theta, self.gradient)
 
     def _q_values(self, features: th.Tensor) -> th.Tensor:
-        is_small = features.size(0) <= self.compiled_target.most_rows
-        return self.compiled_target.q_values(features) if is_small else super()._q_values(features)
+        takes_them = self.compiled_target.takes(features)
+        return self.compiled_target.q_values(features) if takes_them else super()._q_values(features)
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """The actions themselves where it is a kernel that looks for their Q values."""
@@ -90,7 +90,7 @@ class CompiledUpdate(FastUpdate):
     def _head_gradients_of(
         self, features: th.Tensor, selection: th.Tensor, batch_targets: Callable[[], th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        if features.size(0) > self.compiled_head.most_rows:
+        if not self.compiled_head.takes(features):
             return super()._head_gradients_of(features, selection, batch_targets)
         if not self._workspaces or features.size(0) != self._workspaces[0].outputs.size(0):
             self._workspaces = [Workspace.of(layer, features.size(0)) for layer in self.compiled_head.hidden_layers]
@@ -101,18 +101,29 @@ class CompiledUpdate(FastUpdate):
         if targets.shape != selection.shape:
             shapes = f"{tuple(selection.shape)}, got {tuple(targets.shape)}"
             raise ValueError(f"the targets of a batch must have the shape of its actions, {shapes}")
+        return q_values, targets, self._backward(kept, self._final_layer_gradients(activations, q_values, selection, targets))
+
+    def _final_layer_gradients(
+        self, activations: np.ndarray, q_values: th.Tensor, actions: th.Tensor, targets: th.Tensor
+    ) -> np.ndarray:
+        """Write those of the final layer's parameters; gives that of the last activations."""
         gradient = np.empty_like(activations)
-        kernels.squared_td_error_backward(
-            activations,
-            self.compiled_head.final_weight,
-            q_values.numpy(),
-            selection.numpy(),
-            targets.contiguous().numpy(),
-            gradient,
-            self.compiled_gradients.final_weight,
-            self.compiled_gradients.final_bias,
-        )
-        return q_values, targets, self._backward(kept, gradient)
+        try:
+            kernels.squared_td_error_backward(
+                activations,
+                self.compiled_head.final_weight,
+                q_values.numpy(),
+                actions.numpy(),
+                targets.contiguous().numpy(),
+                gradient,
+                self.compiled_gradients.final_weight,
+                self.compiled_gradients.final_bias,
+            )
+        except IndexError:
+            is_one = (actions >= 0) & (actions < q_values.size(1))
+            wrong = actions[~is_one][0].item()
+            raise IndexError(f"actions of a batch must be in 0 to {q_values.size(1) - 1}, got {wrong}") from None
+        return gradient
 
     def _backward(self, kept: list[KeptLayer], gradient: np.ndarray) -> th.Tensor | None:
         """As :func:`sb3_lecture_dqn.fast.head.backward` for the hidden layers; the gradient is overwritten."""

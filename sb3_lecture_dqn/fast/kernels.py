@@ -121,32 +121,33 @@ def hidden_layer_of_one(
     """
     Linear → LayerNorm → LeakyReLU (L6) of one observation.
 
-    :param inputs: x, shape (in_features,)
+    :param inputs: x, shape (1, in_features)
     :param weight: W, shape (n, in_features)
     :param bias: b, shape (n,)
     :param norm_weight: LayerNorm's weight, shape (n,)
     :param norm_bias: LayerNorm's bias, shape (n,)
     :param epsilon: What LayerNorm adds to the variance
     :param negative_slope: LeakyReLU's slope below 0, at least 0
-    :param activations: Where the result is written, shape (n,)
+    :param activations: Where the result is written, shape (1, n)
     """
     n, n_inputs = weight.shape
+    observation, activation = inputs[0], activations[0]
     one = weight.dtype.type(1)
     inverse = one / weight.dtype.type(n)
     mean = weight.dtype.type(0)
     for j in range(n):
         row, output = weight[j], bias[j]
         for k in range(n_inputs):
-            output += inputs[k] * row[k]
-        activations[j] = output
+            output += observation[k] * row[k]
+        activation[j] = output
         mean += output * inverse
     squares = weight.dtype.type(0)
     for j in range(n):
-        squares += (activations[j] - mean) * (activations[j] - mean)
+        squares += (activation[j] - mean) * (activation[j] - mean)
     rstd = one / math.sqrt(squares * inverse + epsilon)
     for j in range(n):
-        normalised = (activations[j] - mean) * rstd * norm_weight[j] + norm_bias[j]
-        activations[j] = normalised if normalised > 0 else normalised * negative_slope
+        normalised = (activation[j] - mean) * rstd * norm_weight[j] + norm_bias[j]
+        activation[j] = normalised if normalised > 0 else normalised * negative_slope
 
 
 @compiled
@@ -298,7 +299,7 @@ def squared_td_error_backward(
     for i in range(n_rows):
         action = actions[i, 0]
         if action < 0 or action >= n_actions:
-            raise IndexError("an action in the replay buffer is none of the action space")
+            raise IndexError
         of_q_value = (q_values[i, action] - targets[i, 0]) * factor
         row, row_gradient = features[i], gradient[i]
         action_weight, action_weight_gradient = weight[action], weight_gradient[action]

@@ -16,9 +16,6 @@ import torch as th
 #: Multiply-adds from which a product is large enough for oneDNN's overhead.
 LARGE_PRODUCT = 2**21
 
-#: Features for which MKL takes up to three times as long for the gradient of a weight as for its transpose; not so for one.
-FEW_FEATURES = range(2, 9)
-
 #: x Wᵀ + b by oneDNN, which PyTorch's compiler uses. It takes x, W, b or ``None``, and three arguments that are left empty.
 ONEDNN_LINEAR: Any = getattr(getattr(th.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
@@ -31,8 +28,6 @@ class LinearTensors(NamedTuple):
     bias: th.Tensor
     #: From how many rows of its other factor a product with the weight is one for oneDNN.
     onednn_rows: float
-    #: Whether its gradient is computed as its transpose, where it is not oneDNN's.
-    is_narrow: bool
 
     @classmethod
     def of(cls, weight: th.Tensor, bias: th.Tensor) -> "LinearTensors":
@@ -45,9 +40,7 @@ class LinearTensors(NamedTuple):
         """
         is_of_cpu = weight.device.type == "cpu" and weight.dtype == th.float32
         is_by_both = is_of_cpu and is_onednn_quicker() and bool(th.backends.mkldnn.enabled)
-        onednn_rows = LARGE_PRODUCT / weight.numel() if is_by_both else math.inf
-        # it rounds otherwise: where MKL does all, as for docs/results.md, runs shall end as they did
-        return cls(weight, weight.t(), bias, onednn_rows, is_by_both and weight.shape[1] in FEW_FEATURES)
+        return cls(weight, weight.t(), bias, LARGE_PRODUCT / weight.numel() if is_by_both else math.inf)
 
 
 # size(0) and not len(): that asks whether somebody has put a method into the tensor's class
@@ -102,8 +95,6 @@ def write_weight_gradient(gradients: LinearTensors, inputs: th.Tensor, gradient:
     if inputs.size(0) >= gradients.onednn_rows:
         # x of an encoder of a user's own may have gaps, and oneDNN takes a thousand times as long for a W that has
         gradients.weight.copy_(ONEDNN_LINEAR(gradient.t(), inputs.contiguous().t(), None, "none", [], ""))
-    elif gradients.is_narrow:
-        gradients.transposed_weight.copy_(th.mm(inputs.t(), gradient))
     else:
         th.mm(gradient.t(), inputs, out=gradients.weight)
 
