@@ -6,7 +6,7 @@ Where the time of a training step goes, beside SB3's DQN, and how it grows with 
     python benchmarks/anatomy.py parts       # one gradient step, part by part
     python benchmarks/anatomy.py growth      # batch × width × threads
     python benchmarks/anatomy.py threads     # one and two threads, idle and with one core busy
-    python benchmarks/anatomy.py second      # without and with the second thread, idle and with one core busy
+    python benchmarks/anatomy.py second      # what the second thread is given, idle and with one core busy
     python benchmarks/anatomy.py envs        # number of environments
     python benchmarks/anatomy.py choices     # what was chosen beside what was not
     python benchmarks/anatomy.py cuda        # the same on a CUDA device
@@ -41,7 +41,7 @@ from sb3_lecture_dqn.fast.compiled_head import KeptLayer, Workspace
 from sb3_lecture_dqn.fast.graph import Capturer, capture
 from sb3_lecture_dqn.fast.head import forward
 from sb3_lecture_dqn.fast.products import ONEDNN_LINEAR
-from sb3_lecture_dqn.fast.second_thread import SecondThread
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 
 SETTINGS = {
     "learning_starts": 0,
@@ -180,26 +180,31 @@ def _cost_on(n_threads: int, model: Any, batch_size: int) -> float:
 
 
 def print_second_thread() -> None:
-    """A gradient step without and with the second thread, training calls in turn."""
+    """A gradient step with nothing for the second thread, with the targets, and with the gradients too, blocks in turn."""
     th.set_num_threads(2)
     SecondThread.trial = 0  # this decides, not the measurement while training
-    print("| batch | width | one core busy | µs without | µs with it | it takes |\n|---|---|---|---|---|---|")
+    print(
+        "| batch | width | one core busy | µs with nothing | with the targets | with the gradients too |",
+        "|---|---|---|---|---|---|",
+        sep="\n",
+    )
     for batch_size, width in ((32, 64), (128, 64), (128, 256), (512, 256)):
         model = trained(LectureDQN, width)
         for is_busy in (False, True):
             with busy_core(is_busy):
-                costs = _costs_in_turn(model, batch_size)
-            ratio = f"{costs[1] / costs[0]:.2f} ×"
-            print(f"| {batch_size} | {width} | {is_busy} | {costs[0]:.0f} | {costs[1]:.0f} | {ratio} |", flush=True)
+                nothing, *others = _costs_of_works(model, batch_size)
+            ratios = " | ".join(f"{cost:.0f} ({cost / nothing:.2f} ×)" for cost in others)
+            print(f"| {batch_size} | {width} | {is_busy} | {nothing:.0f} | {ratios} |", flush=True)
 
 
-def _costs_in_turn(model: Any, batch_size: int) -> list[float]:
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for is_used in 150 * (False, True):
-        model._current_fast_update().second_thread._is_worth_it = is_used
-        start = time.perf_counter()
-        model.train(4, batch_size)
-        seconds[is_used].append(time.perf_counter() - start)
+def _costs_of_works(model: Any, batch_size: int) -> list[float]:
+    seconds: dict[Work, list[float]] = {work: [] for work in Work}
+    for work in 15 * tuple(Work):
+        model._current_fast_update().second_thread._best = work
+        for _ in range(10):
+            start = time.perf_counter()
+            model.train(4, batch_size)
+            seconds[work].append(time.perf_counter() - start)
     return [1e6 * float(np.median(times)) / 4 for times in seconds.values()]
 
 

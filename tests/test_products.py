@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.fast import products
 from sb3_lecture_dqn.fast.products import LARGE_PRODUCT, LinearTensors, affine, inputs_gradient, write_gradients
-from sb3_lecture_dqn.fast.second_thread import SecondThread
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 
 pytestmark = pytest.mark.skipif(
     products.ONEDNN_LINEAR is None, reason="this build of PyTorch has no oneDNN, so all products are its own"
@@ -182,14 +182,15 @@ def test_a_run_with_automatic_mixed_precision_acts_by_the_policy_itself() -> Non
 def test_either_thread_computes_the_same_by_onednn(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SecondThread, "trial", 0)
     parameters = []
-    for is_used in (False, True):
+    for work in Work:
         th.set_num_threads(2)
         model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), train_freq=4, gradient_steps=4, **SETTINGS)
         model.learn(56)
         assert model._fast_update is not None
-        model._fast_update.second_thread._is_worth_it = is_used
+        model._fast_update.second_thread._best = work
         model.learn(100, reset_num_timesteps=False)
-        assert model._fast_update.second_thread._is_used == is_used
+        assert model._fast_update.second_thread._given == work
         parameters.append(copied(model.get_parameters()["policy"]))
     assert calls
-    assert all(th.equal(parameters[0][name], value) for name, value in parameters[1].items())
+    for others in parameters[1:]:
+        assert all(th.equal(parameters[0][name], value) for name, value in others.items())

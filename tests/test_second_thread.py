@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
@@ -26,7 +27,7 @@ def this_thread() -> str:
 def used() -> SecondThread:
     """One that has decided for the second thread."""
     second_thread = SecondThread()
-    second_thread._is_used = True
+    second_thread._given = Work.GRADIENTS
     return second_thread
 
 
@@ -34,7 +35,7 @@ def used() -> SecondThread:
 def is_held_up(used: SecondThread) -> Iterator[None]:
     """The second thread is busy with something else all the time."""
     has_begun, may_end = threading.Event(), threading.Event()
-    task = used.start(lambda: (has_begun.set(), may_end.wait()))
+    task = used.start(lambda: (has_begun.set(), may_end.wait()), Work.TARGETS)
     assert has_begun.wait(timeout=600)
     yield
     may_end.set()
@@ -44,7 +45,7 @@ def is_held_up(used: SecondThread) -> Iterator[None]:
 def test_the_second_thread_computes_a_task_once(used: SecondThread) -> None:
     calls: list[str] = []
     is_done = threading.Event()
-    task = used.start(lambda: (calls.append(this_thread()), is_done.set()))
+    task = used.start(lambda: (calls.append(this_thread()), is_done.set()), Work.GRADIENTS)
     assert is_done.wait(timeout=600)
     assert task.result() == task.result() == (None, None)
     assert calls == ["lecture_dqn_second_thread"]
@@ -53,7 +54,7 @@ def test_the_second_thread_computes_a_task_once(used: SecondThread) -> None:
 @pytest.mark.usefixtures("is_held_up")
 def test_a_task_that_it_has_not_begun_is_computed_by_who_asks(used: SecondThread) -> None:
     calls: list[str] = []
-    task = used.start(lambda: calls.append(this_thread()))
+    task = used.start(lambda: calls.append(this_thread()), Work.GRADIENTS)
     task.result()
     task.result()
     assert calls == ["MainThread"]
@@ -66,25 +67,31 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
         has_begun.set()
         raise KeyError("of the task")
 
-    with_it = used.start(fail)
+    with_it = used.start(fail, Work.GRADIENTS)
     assert has_begun.wait(timeout=600)
     for task in (with_it, Task(fail)):
         for _ in range(2):
             with pytest.raises(KeyError, match="of the task"):
                 task.result()
     lives_on = threading.Event()
-    used.start(lives_on.set)
+    used.start(lives_on.set, Work.GRADIENTS)
     assert lives_on.wait(timeout=600)
 
 
-def test_without_it_everything_is_computed_by_who_asks() -> None:
-    assert SecondThread().start(this_thread).result() == "MainThread"
+def test_what_it_is_not_given_is_computed_by_who_asks(used: SecondThread) -> None:
+    assert SecondThread().start(this_thread, Work.TARGETS).result() == "MainThread"
+    used._given = Work.TARGETS
+    assert used.start(this_thread, Work.GRADIENTS).result() == "MainThread"
+    has_begun = threading.Event()
+    task = used.start(lambda: (has_begun.set(), this_thread())[1], Work.TARGETS)
+    assert has_begun.wait(timeout=600)
+    assert task.result() == "lecture_dqn_second_thread"
 
 
 def test_a_sequence_is_begun_one_ahead(used: SecondThread) -> None:
     begun: list[str] = []
     events = [threading.Event() for _ in range(4)]
-    tasks = used.in_advance([lambda event=event: (begun.append(this_thread()), event.set()) for event in events])  # type: ignore[misc]
+    tasks = used.in_advance([lambda event=event: (begun.append(this_thread()), event.set()) for event in events], Work.TARGETS)  # type: ignore[misc]
     for n_taken in range(4):
         n_begun = max(n_taken + 1, 2)  # while the last one that was taken is used, the next one is computed
         assert all(event.wait(timeout=600) for event in events[:n_begun])
@@ -96,14 +103,14 @@ def test_a_sequence_is_begun_one_ahead(used: SecondThread) -> None:
 
 NAMES_OF_THREADS = """
 import os, threading
-from sb3_lecture_dqn.fast.second_thread import SecondThread
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 
 used = SecondThread()
-used._is_used = True
+used._given = Work.GRADIENTS
 
 def print_the_thread():
     is_done = threading.Event()
-    used.start(lambda: (print(threading.current_thread().name, flush=True), is_done.set()))
+    used.start(lambda: (print(threading.current_thread().name, flush=True), is_done.set()), Work.TARGETS)
     is_done.wait(timeout=600)
 
 print_the_thread()
@@ -117,15 +124,15 @@ os.waitpid(child, 0)
 
 STATE_AT_THE_END = """
 import atexit, threading
-from sb3_lecture_dqn.fast.second_thread import SecondThread
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 
 def print_the_threads():
     print([thread.name for thread in threading.enumerate() if thread is not threading.main_thread()])
 
 atexit.register(print_the_threads)  # what is registered last is called first
 used = SecondThread()
-used._is_used = True
-used.start(lambda: None).result()
+used._given = Work.GRADIENTS
+used.start(lambda: None, Work.TARGETS).result()
 print_the_threads()
 """
 
@@ -147,18 +154,19 @@ class ExtractorOfAUsersOwn(FlattenExtractor):
     """Who knows what it does."""
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, is_worth_it: bool, threads: int = 2, **kwargs: object) -> LectureDQN:
-    """A model whose training calls go one way or the other."""
+def trained(monkeypatch: pytest.MonkeyPatch, work: Work, threads: int = 2, **kwargs: object) -> LectureDQN:
+    """A model whose training calls give some work to the second thread."""
     monkeypatch.setattr(SecondThread, "trial", 0)
     settings = {"learning_starts": 40, "batch_size": 32, "gradient_steps": 30, **kwargs}
     model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings)  # type: ignore[arg-type]
     th.set_num_threads(threads)
     fast_update = model._current_fast_update()
     assert fast_update is not None
-    fast_update.second_thread._is_worth_it = is_worth_it
+    fast_update.second_thread._best = work
     model.learn(100)
     assert model._fast_update is fast_update
-    assert fast_update.second_thread._is_used == (is_worth_it and threads > 1 and not fast_update.needs_training_mode)
+    is_given = threads > 1 and not fast_update.needs_training_mode
+    assert fast_update.second_thread._given == (work if is_given else Work.NOTHING)
     return model
 
 
@@ -179,19 +187,20 @@ def assert_equal(first: LectureDQN, second: LectureDQN) -> None:
     ],
 )
 def test_the_parameters_are_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, object]) -> None:
-    with_it = trained(monkeypatch, True, **kwargs)
-    assert_equal(with_it, trained(monkeypatch, False, **kwargs))
-    assert_equal(with_it, trained(monkeypatch, True, threads=1, **kwargs))
+    without_it = trained(monkeypatch, Work.NOTHING, **kwargs)
+    for work in (Work.TARGETS, Work.GRADIENTS):
+        assert_equal(without_it, trained(monkeypatch, work, **kwargs))
+    assert_equal(without_it, trained(monkeypatch, Work.GRADIENTS, threads=1, **kwargs))
 
 
 @pytest.mark.usefixtures("is_held_up")
 def test_a_second_thread_that_never_comes_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_equal(trained(monkeypatch, True), trained(monkeypatch, False))
+    assert_equal(trained(monkeypatch, Work.GRADIENTS), trained(monkeypatch, Work.NOTHING))
 
 
 def test_the_metrics_are_those_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     # 25 gradient steps a call, so that both paths read their metrics after the same hundreds
-    model = trained(monkeypatch, True, gradient_steps=25, learning_rate=5e-4)
+    model = trained(monkeypatch, Work.GRADIENTS, gradient_steps=25, learning_rate=5e-4)
     monkeypatch.setattr(LectureDQN, "_current_fast_update", lambda _: None)
     plain = LectureDQN(
         "MlpPolicy", "CartPole-v1", seed=0, learning_starts=40, batch_size=32, gradient_steps=25, learning_rate=5e-4
@@ -212,7 +221,7 @@ def test_metrics_that_are_read_later_are_those_of_their_steps(monkeypatch: pytes
         add(means, metrics_of, kept)
 
     monkeypatch.setattr(RunningMeans, "add", add_and_look)
-    model = trained(monkeypatch, True, gradient_steps=6)
+    model = trained(monkeypatch, Work.GRADIENTS, gradient_steps=6)
     for _ in range(4):
         model.train(2, 32)
     later = [th.stack(list(metrics_of([kept]))) for metrics_of, kept in model._training_metrics._not_summed]
@@ -230,52 +239,55 @@ def test_metrics_that_are_read_later_keep_no_observations(monkeypatch: pytest.Mo
         return to_device(buffer, array)
 
     monkeypatch.setattr(ContiguousReplayBuffer, "_to_device", note)
-    model = trained(monkeypatch, False, gradient_steps=6)
+    model = trained(monkeypatch, Work.NOTHING, gradient_steps=6)
     model.train(6, 32)
     assert model._training_metrics._not_summed
     assert len(drawn) > 50
     assert not any(reference() is not None for reference in drawn)
 
 
-# Whether it is worth having
+# What it is worth giving to it
 
 
-def decision(
-    monkeypatch: pytest.MonkeyPatch, with_it: float, without_it: float, may_be_used: bool = True, after_it: float = 0.0
-) -> list[bool]:
-    """Which training calls use it, if they take so many seconds, and the collection after one with it so many more."""
+def decisions(
+    monkeypatch: pytest.MonkeyPatch, training: list[float], collection: list[float], may_be_used: bool = True
+) -> list[Work]:
+    """What training calls give to it, if a call and the collection after it take so many seconds with each work."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     second_thread = SecondThread()
-    uses = []
+    given = []
     for _ in range(SecondThread.period + SecondThread.trial):
         with second_thread.measured(may_be_used, gradient_steps=4):
-            uses.append(second_thread._is_used)
-            now[0] += with_it if second_thread._is_used else without_it
-        now[0] += after_it if second_thread._is_used else 0.0
-    return uses
+            given.append(second_thread._given)
+            now[0] += training[given[-1]]
+        now[0] += collection[given[-1]]
+    return given
 
 
 @pytest.mark.parametrize(
-    ("seconds", "is_quicker"),
+    ("training", "collection", "quickest"),
     [
-        ({"with_it": 0.9, "without_it": 1.0}, True),
-        ({"with_it": 1.1, "without_it": 1.0}, False),
-        ({"with_it": 0.9, "without_it": 1.0, "after_it": 0.05}, True),
-        ({"with_it": 0.9, "without_it": 1.0, "after_it": 0.2}, False),
+        ([1.0, 0.9, 0.8], [0.0, 0.0, 0.0], Work.GRADIENTS),
+        ([1.0, 0.9, 1.1], [0.0, 0.0, 0.0], Work.TARGETS),
+        ([1.0, 1.1, 1.2], [0.0, 0.0, 0.0], Work.NOTHING),
+        ([1.0, 0.9, 0.8], [0.1, 0.1, 0.1], Work.GRADIENTS),
+        ([1.0, 0.9, 0.8], [0.1, 0.1, 0.4], Work.TARGETS),
+        ([1.0, 0.9, 0.8], [0.1, 0.4, 0.4], Work.NOTHING),
     ],
 )
-def test_it_is_used_where_training_and_collecting_are_quicker_and_tried_again_later(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], is_quicker: bool
+def test_it_is_given_what_makes_training_and_collecting_quickest_and_that_is_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch, training: list[float], collection: list[float], quickest: Work
 ) -> None:
     trial, period = SecondThread.trial, SecondThread.period
-    uses = decision(monkeypatch, **seconds)
-    assert sum(uses[:trial]) == sum(uses[period:]) == trial / 2
-    assert set(uses[trial:period]) == {is_quicker}
+    given = decisions(monkeypatch, training, collection)
+    for tried in (given[:trial], given[period:]):
+        assert Counter(tried) == dict.fromkeys(Work, trial // 3)
+    assert set(given[trial:period]) == {quickest}
 
 
 def test_who_allows_one_thread_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(decision(monkeypatch, 0.5, 1.0, may_be_used=False))
+    assert set(decisions(monkeypatch, [1.0, 0.5, 0.5], [0.0, 0.0, 0.0], may_be_used=False)) == {Work.NOTHING}
 
 
 def test_an_interrupted_piece_of_training_does_not_count() -> None:
@@ -283,4 +295,4 @@ def test_an_interrupted_piece_of_training_does_not_count() -> None:
     with pytest.raises(KeyboardInterrupt), second_thread.measured(True, gradient_steps=1):
         raise KeyboardInterrupt
     assert second_thread._position == 0
-    assert second_thread._seconds == {True: [], False: []}
+    assert second_thread._seconds == {work: [] for work in Work}

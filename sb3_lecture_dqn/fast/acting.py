@@ -1,8 +1,9 @@
 """
 π(s) for the steps of a training run, faster: one observation through a small network is too little work for PyTorch.
 
-For one environment the head is computed by numpy on the memory of the parameters themselves, so that it always acts by the
-current θ; for several, by PyTorch without modules. An encoder in front of it is the policy's own.
+The head is computed on the memory of the parameters themselves, so that it always acts by the current θ: by what Numba
+compiles, or, where that does not fit, by numpy for one environment and by PyTorch without modules for several. An encoder in
+front of it is the policy's own.
 """
 
 import math

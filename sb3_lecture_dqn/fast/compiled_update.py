@@ -11,7 +11,7 @@ from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead, KeptLayer, Workspace, is_compilable
 from sb3_lecture_dqn.fast.head import read_head
 from sb3_lecture_dqn.fast.products import inputs_gradient
-from sb3_lecture_dqn.fast.second_thread import Task
+from sb3_lecture_dqn.fast.second_thread import Task, Work
 from sb3_lecture_dqn.fast.update import FastUpdate
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
@@ -137,7 +137,7 @@ class CompiledUpdate(FastUpdate):
                 if index == 0 and not self.has_trained_encoder:
                     weight_gradient()
                     return None
-                tasks.append(self.second_thread.start(weight_gradient))
+                tasks.append(self.second_thread.start(weight_gradient, Work.GRADIENTS))
                 gradient = inputs_gradient(layer.linear, of_outputs).numpy()
         finally:  # so that nobody writes into the gradients later, even if this was interrupted
             for task in tasks:

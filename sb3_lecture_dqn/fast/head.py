@@ -14,7 +14,7 @@ import torch as th
 from torch import nn
 
 from sb3_lecture_dqn.fast.products import LinearTensors, affine, inputs_gradient, write_gradients
-from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
 from sb3_lecture_dqn.policies import QNetwork
 
 #: Methods of a network and its layers that the fast path does the work of, or goes around.
@@ -267,7 +267,7 @@ def backward(
             gradient = _backward_to_linear(layer, layer_gradients, forward_pass, index, gradient)
             linear_gradients = partial(write_gradients, layer_gradients.linear, forward_pass.inputs[index], gradient)
             if index > 0 or needs_features:
-                tasks.append(second_thread.start(linear_gradients))
+                tasks.append(second_thread.start(linear_gradients, Work.GRADIENTS))
                 gradient = inputs_gradient(layer.linear, gradient)
             else:
                 linear_gradients()

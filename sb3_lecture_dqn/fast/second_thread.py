@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, ClassVar, Generic, TypeVar
@@ -89,54 +90,64 @@ def _queue(process_id: int) -> "SimpleQueue[Task[Any] | None]":
     return tasks
 
 
+class Work(IntEnum):
+    """What the second thread may be given: this, and all with a smaller number."""
+
+    NOTHING = 0
+    TARGETS = 1
+    GRADIENTS = 2
+
+
 class SecondThread:
     """
-    The second thread of one model, and the measurement whether it is worth having.
+    The second thread of one model, and the measurement what it is worth giving to it.
 
-    Whether a second core is idle is not known and changes, so now and then a few training calls are made with and without it
-    in turn, and the quicker way is kept until the next time. Quicker is what takes less time from the end of one training call
-    to the end of the next: what the other core has written, the collection reads more slowly.
+    Whether a second core is idle, and how far from the first, is not known and changes, so now and then some training calls
+    are made in each way in turn, and the quickest is kept until the next time. Quicker is what takes less time from the end of
+    one training call to the end of the next: what the other core has written, the collection reads more slowly.
     """
 
     #: Of so many training calls …
     period: ClassVar[int] = 500
-    #: … these first ones decide about the others …
-    trial: ClassVar[int] = 20
-    #: … so many without it, then so many with it, and so on. The first, which finds what the other way left, is not counted.
+    #: … the first ones decide about the others: so many with nothing, so many with the targets, so many with all, and …
     block: ClassVar[int] = 5
+    #: … that twice. The first call of a block, which finds what the way before has left, is not counted.
+    trial: ClassVar[int] = 2 * block * len(Work)
 
     def __init__(self) -> None:
-        self._is_used = False
-        self._is_worth_it = False
+        self._given = Work.NOTHING
+        self._best = Work.NOTHING
         self._position = 0
         self._last_end: float | None = None
-        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._seconds: dict[Work, list[float]] = {work: [] for work in Work}
 
-    def start(self, call: Callable[[], T]) -> Task[T]:
+    def start(self, call: Callable[[], T], work: Work) -> Task[T]:
         """
         Have something computed.
 
         :param call: What computes it
+        :param work: What it is
         :return: Where to ask for the result
         """
         task = Task(call)
-        if self._is_used:
+        if work <= self._given:
             _queue(os.getpid()).put(task)
         return task
 
-    def in_advance(self, calls: Sequence[Callable[[], T]]) -> Iterator[Task[T]]:
+    def in_advance(self, calls: Sequence[Callable[[], T]], work: Work) -> Iterator[Task[T]]:
         """
         Have a sequence computed, each of it while the one before is used.
 
         :param calls: What computes them; the first two are begun now
+        :param work: What they are
         :return: Where to ask for the results, in their order
         """
-        pending = [*map(self.start, calls[:2])]
+        pending = [self.start(call, work) for call in calls[:2]]
 
         def tasks() -> Iterator[Task[T]]:
             for call in calls[2:]:
                 yield pending.pop(0)
-                pending.append(self.start(call))
+                pending.append(self.start(call, work))
             yield from pending
 
         return tasks()
@@ -149,17 +160,18 @@ class SecondThread:
         :param may_be_used: Whether the user lets PyTorch have more than one thread, and the work needs only one
         :param gradient_steps: Number of its gradient steps
         """
+        if not may_be_used:
+            self._given, self._last_end = Work.NOTHING, None
+            yield
+            return
         is_trial = self._position < self.trial
-        self._is_used = may_be_used and (self._position // self.block % 2 == 1 if is_trial else self._is_worth_it)
+        self._given = Work(self._position // self.block % len(Work)) if is_trial else self._best
         start = time.perf_counter() if self._last_end is None else self._last_end
         yield
-        if not may_be_used:
-            self._last_end = None
-            return
         self._last_end = time.perf_counter()
         if is_trial and self._position % self.block:
-            self._seconds[self._is_used].append((self._last_end - start) / max(gradient_steps, 1))
+            self._seconds[self._given].append((self._last_end - start) / max(gradient_steps, 1))
         self._position = (self._position + 1) % self.period
         if is_trial and self._position == self.trial:
-            self._is_worth_it = statistics.median(self._seconds[True]) < statistics.median(self._seconds[False])
-            self._seconds = {True: [], False: []}
+            self._best = min(Work, key=lambda work: statistics.median(self._seconds[work]))
+            self._seconds = {work: [] for work in Work}

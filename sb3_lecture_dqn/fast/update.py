@@ -34,7 +34,7 @@ from sb3_lecture_dqn.fast.head import (
     read_head,
     replaces_methods,
 )
-from sb3_lecture_dqn.fast.second_thread import SecondThread, Task
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 
 #: What computes the same in training mode and in evaluation mode.
@@ -300,7 +300,8 @@ class FastUpdate:
         starts = [0, *range(1, n_updates, max(rows_ahead // batch_size, 1))]
         ends = [*starts[1:], n_updates]
         parts = [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
-        tasks = zip(self.second_thread.in_advance([partial(targets_of, part) for part in parts]), starts, ends, strict=True)
+        targets = self.second_thread.in_advance([partial(targets_of, part) for part in parts], Work.TARGETS)
+        tasks = zip(targets, starts, ends, strict=True)
         return (partial(_batch_of, task, batch_size, i) for task, start, end in tasks for i in range(end - start))
 
     def _step(
