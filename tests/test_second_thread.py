@@ -257,7 +257,7 @@ def decisions(
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     second_thread = SecondThread()
     given = []
-    for _ in range(SecondThread.period + SecondThread.trial):
+    for _ in range(SecondThread.warm_up + SecondThread.period + SecondThread.trial):
         with second_thread.measured(may_be_used, gradient_steps=4):
             given.append(second_thread._given)
             now[0] += training[given[-1]]
@@ -281,6 +281,8 @@ def test_it_is_given_what_makes_training_and_collecting_quickest_and_that_is_tri
 ) -> None:
     trial, period = SecondThread.trial, SecondThread.period
     given = decisions(monkeypatch, training, collection)
+    assert set(given[: SecondThread.warm_up]) == {Work.NOTHING}
+    given = given[SecondThread.warm_up :]
     for tried in (given[:trial], given[period:]):
         assert Counter(tried) == dict.fromkeys(Work, trial // 3)
     assert set(given[trial:period]) == {quickest}
@@ -292,7 +294,8 @@ def test_who_allows_one_thread_gets_one_thread(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_interrupted_piece_of_training_does_not_count() -> None:
     second_thread = SecondThread()
+    position = second_thread._position
     with pytest.raises(KeyboardInterrupt), second_thread.measured(True, gradient_steps=1):
         raise KeyboardInterrupt
-    assert second_thread._position == 0
+    assert second_thread._position == position
     assert second_thread._seconds == {work: [] for work in Work}

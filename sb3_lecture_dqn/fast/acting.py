@@ -57,7 +57,7 @@ class FastActing:
         self.has_trained_encoder = any(True for _ in policy.q_net.features_extractor.parameters())
         self.parameters = self._used_parameters()
         self.n_parameters = sum(parameter.numel() for parameter in self.parameters)
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.addresses = list(map(th.Tensor.data_ptr, self.parameters))
         self.hooks, self.composition = hooks_of(policy.q_net), Composition(policy)
         self._prepare()
 
@@ -96,7 +96,7 @@ class FastActing:
         :return: Whether its layers and parameters are what and where they were, and nobody wants to see its passes
         """
         is_same = policy is self.policy and not any(self.hooks) and self.composition.is_unchanged()
-        return is_same and all(p.data_ptr() == a for p, a in zip(self.parameters, self.addresses, strict=True))
+        return is_same and list(map(th.Tensor.data_ptr, self.parameters)) == self.addresses
 
     def accepts(self, observations: np.ndarray | dict[str, np.ndarray]) -> bool:
         """

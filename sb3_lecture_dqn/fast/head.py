@@ -6,7 +6,7 @@ It computes what ``QNetwork.q_net`` and autograd compute, without modules and wi
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_
 from typing import Any, NamedTuple, TypeGuard
 
@@ -22,6 +22,9 @@ CALLED_METHODS = frozenset({"forward", "extract_features", "predict", "_predict"
 
 #: What a layer's attributes are called that its forward pass depends on.
 SETTINGS = frozenset({"negative_slope", "eps"})
+
+# A loop in C: this is asked before each rollout and each training.
+_are_disjoint: Callable[..., bool] = type({}.keys()).isdisjoint
 
 # Without the overload's name PyTorch would look for it at each call.
 _layer_norm_backward = th.ops.aten.native_layer_norm_backward.default
@@ -192,7 +195,7 @@ class Composition:
         """
         contents = self._read()
         is_same = len(contents) == len(self._contents) and all(map(is_, contents, self._contents))
-        has_own_methods = all(names.isdisjoint(CALLED_METHODS) for names in self._names)
+        has_own_methods = all(map(_are_disjoint, self._names, repeat(CALLED_METHODS)))
         return is_same and has_own_methods and self._read_settings() == self._settings
 
 

@@ -113,11 +113,13 @@ class SecondThread:
     block: ClassVar[int] = 5
     #: … that twice. The first call of a block, which finds what the way before has left, is not counted.
     trial: ClassVar[int] = 2 * block * len(Work)
+    #: Before the first trial so many get nothing, so that it does not count what is compiled, allocated and read then.
+    warm_up: ClassVar[int] = 50
 
     def __init__(self) -> None:
         self._given = Work.NOTHING
         self._best = Work.NOTHING
-        self._position = 0
+        self._position = self.period - self.warm_up
         self._last_end: float | None = None
         self._seconds: dict[Work, list[float]] = {work: [] for work in Work}
 
