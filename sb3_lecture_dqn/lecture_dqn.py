@@ -47,6 +47,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.compiling import can_compile
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate, lay_out_for_device
 from sb3_lecture_dqn.fast.head import is_own_method
@@ -668,10 +669,12 @@ class LectureDQN(OffPolicyAlgorithm):
     def _make_fast_update(self) -> FastUpdate | None:
         if self.device.type != "cpu":
             return GraphUpdate.for_policy(self.policy)
-        # it imports Numba, which who only loads a model need not wait for
-        from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate
+        kind = FastUpdate
+        if can_compile(next(self.policy.parameters()).dtype):
+            from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate  # it imports Numba
 
-        return CompiledUpdate.for_policy(self.policy) or FastUpdate.for_policy(self.policy)
+            kind = CompiledUpdate if CompiledUpdate.fits(self.policy) else FastUpdate
+        return kind.for_policy(self.policy)
 
     def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""

@@ -1,11 +1,12 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import gymnasium
-import numba
 import numpy as np
 import pytest
 import torch as th
@@ -16,6 +17,13 @@ _PROPERTIES = {"deadline": None, "suppress_health_check": list(HealthCheck), "da
 settings.register_profile("quick", max_examples=12, derandomize=True, **_PROPERTIES)  # type: ignore[arg-type]
 settings.register_profile("thorough", max_examples=400, **_PROPERTIES)  # type: ignore[arg-type]
 settings.load_profile("quick")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What Numba compiles is kept in a folder of each worker: two types compiled at once may confuse a shared one."""
+    folder = tempfile.TemporaryDirectory(prefix="numba_of_tests_")
+    config.add_cleanup(folder.cleanup)
+    os.environ["NUMBA_CACHE_DIR"] = folder.name
 
 
 # rl_zoo3 puts a class of its own in its place as soon as anything imports it.
@@ -82,6 +90,8 @@ def postgres() -> Iterator[PostgresServer]:
 @pytest.fixture(params=[True, False], ids=["compiled", "not compiled"])
 def is_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With what Numba compiles, and with PyTorch's operations in its place, as it is where Numba is told not to compile."""
+    from sb3_lecture_dqn.fast import kernels  # imported before the switch is set, which else stays as it was then
+
     if not request.param:
-        monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+        monkeypatch.setattr(kernels.numba.config, "DISABLE_JIT", True)
     return bool(request.param)

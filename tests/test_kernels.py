@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast import kernels
+from sb3_lecture_dqn.fast import compiled_update, compiling, kernels
 from sb3_lecture_dqn.fast.acting import FastActing
+from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import FEW_FEATURES
 from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
 from sb3_lecture_dqn.fast.threads import SMALL_WORK
@@ -120,12 +121,15 @@ def test_the_final_layer_and_the_gradient_of_the_squared_td_error_are_pytorchs(
 
 
 @pytest.mark.parametrize("action", [-1, 3])
-def test_an_action_outside_of_the_action_space_is_an_error_and_writes_nowhere(action: int) -> None:
+def test_an_action_outside_of_the_action_space_is_an_error_and_changes_nothing(action: int) -> None:
     model = make_model("vector", fast=True)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
     batch = random_batch("vector", np.random.default_rng(0))
     batch.actions[5] = action
-    with pytest.raises(IndexError, match=rf"^actions of a batch must be in 0 to 2, got {action}$"):
+    with pytest.raises(RuntimeError, match=rf"^actions of a batch must be in 0 to 2, got {action}$"):
         train_on(model, batch)
+    assert all(map(th.equal, before, model.policy.parameters()))
+    assert model._n_updates == 0
 
 
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])
@@ -176,6 +180,7 @@ def parameters_after(kind: str, dtype: th.dtype = th.float32) -> th.Tensor:
     model._make_fast_update = make  # type: ignore[method-assign]
     model.learn(88)
     assert model._n_updates == 300
+    assert type(model._fast_update) is {"plain": type(None), "compiled": CompiledUpdate}[kind]
     return th.cat([parameter.detach().double().flatten() for parameter in model.q_net.parameters()])
 
 
@@ -261,11 +266,10 @@ def test_batches_of_another_size_get_memory_of_their_own() -> None:
         assert [len(workspace.means) for workspace in update._workspaces] == [batch_size]
 
 
-def test_targets_that_are_not_one_for_each_action_are_refused() -> None:
+def test_targets_that_are_not_one_for_each_action_are_pytorchs_error() -> None:
     model = make_model("vector", fast=True)
     batch = random_batch("vector", np.random.default_rng(0))
-    shapes = rf"shape of its actions, \({BATCH_SIZE}, 1\), got \({BATCH_SIZE}, {BATCH_SIZE}\)"
-    with pytest.raises(ValueError, match=shapes):
+    with pytest.raises(RuntimeError, match=rf"tensor a \(3\) must match the size of tensor b \({BATCH_SIZE}\)"):
         train_on(model, batch._replace(rewards=batch.rewards[:, 0]))
 
 
@@ -293,6 +297,110 @@ def test_features_that_the_network_cannot_take_are_pytorchs_errors() -> None:
         acting.greedy_actions(np.zeros((1, 5), np.float32))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         acting.greedy_actions(np.zeros((2, 5), np.float32))
+
+
+def exchange_the_final_layer(model: LectureDQN) -> None:
+    model.q_net.q_net[-1] = th.nn.Linear(8, 3, dtype=th.float64)
+
+
+def take_one_bias_for_all(model: LectureDQN) -> None:
+    model.q_net.q_net[0].bias = th.nn.Parameter(th.zeros(1, dtype=th.float64))
+
+
+def exchange_a_norms_weight(model: LectureDQN) -> None:
+    model.q_net.q_net[1].weight = th.nn.Parameter(th.ones(17, dtype=th.float64))
+
+
+def exchange_a_middle_layer(model: LectureDQN) -> None:
+    model.q_net.q_net[3] = th.nn.Linear(40, 16, dtype=th.float64)
+
+
+def take_a_target_without_layer_norm(model: LectureDQN) -> None:
+    layers = model.q_net_target.q_net
+    model.q_net_target.q_net = th.nn.Sequential(*(layer for layer in layers if type(layer) is not th.nn.LayerNorm))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchange_the_final_layer,
+        take_one_bias_for_all,
+        exchange_a_norms_weight,
+        exchange_a_middle_layer,
+        take_a_target_without_layer_norm,
+    ],
+)
+def test_layers_that_do_not_fit_the_kernels_are_left_to_pytorch(change: Callable[[LectureDQN], None]) -> None:
+    model = make_model("vector", fast=True)
+    change(model)
+    model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
+    assert not CompiledUpdate.fits(model.policy)
+    acting = FastActing.for_policy(model.policy.float())
+    assert acting is not None
+    assert (acting.compiled_head is None) == (change is not take_a_target_without_layer_norm)
+
+
+class GratefulEncoder(FlattenExtractor):
+    """Whatever is said around it, its features know where they come from."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space)
+        self.scale = th.nn.Parameter(th.ones(()))
+
+    @th.enable_grad()
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations).to(self.scale.dtype) * self.scale
+
+
+def test_features_that_know_where_they_come_from_are_taken() -> None:
+    kwargs = {"features_extractor_class": GratefulEncoder}
+    plain, fast = (make_model("vector", is_fast, policy_kwargs=kwargs) for is_fast in (False, True))
+    batch = random_batch("vector", np.random.default_rng(0))
+    for model in (plain, fast):
+        train_on(model, batch)
+    assert type(fast._fast_update) is CompiledUpdate
+    pairs = zip(fast.policy.parameters(), plain.policy.parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-12
+    acting = FastActing.for_policy(fast.policy.float())
+    assert acting is not None
+    for n_envs in (1, 3):
+        assert acting.greedy_actions(np.zeros((n_envs, 5), np.float32)).shape == (n_envs,)
+
+
+def test_many_parameters_are_left_to_pytorchs_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, adam in ((10_000, CompiledAdam), (10, FlatAdam)):
+        monkeypatch.setattr(compiled_update, "MOST_PARAMETERS", most)
+        plain, fast = (make_model("vector", is_fast) for is_fast in (False, True))
+        batch = random_batch("vector", np.random.default_rng(0))
+        for model in (plain, fast):
+            train_on(model, batch)
+        assert isinstance(fast._fast_update, CompiledUpdate)
+        assert type(fast._fast_update.adam) is adam
+        pairs = zip(fast.policy.parameters(), plain.policy.parameters(), strict=True)
+        assert max((a - b).abs().max().item() for a, b in pairs) < 1e-12
+
+
+@pytest.fixture
+def undecided() -> Iterator[None]:
+    """Whether Numba compiles here is asked anew, and once more afterwards."""
+    compiling.can_compile.cache_clear()
+    yield
+    compiling.can_compile.cache_clear()
+
+
+@pytest.mark.usefixtures("undecided")
+def test_whatever_keeps_numba_from_compiling_a_warning_says_it_once_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compile_for(_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(kernels, "compile_for", compile_for)
+    with pytest.warns(UserWarning, match=r"Numba does not compile here.*\(OSError: No space left on device\)") as warned:
+        model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, seed=0).learn(40)
+    assert [str(warning.message).startswith("Numba") for warning in warned].count(True) == 1
+    assert type(model._fast_update) is FastUpdate
+    assert model._n_updates > 0
 
 
 def test_where_nothing_can_be_kept_on_disk_functions_are_compiled_anyway(monkeypatch: pytest.MonkeyPatch) -> None:

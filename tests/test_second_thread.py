@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work, wait_for_all
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans
 from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
@@ -78,6 +79,44 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
     assert lives_on.wait(timeout=600)
 
 
+def test_whoever_waits_for_several_tasks_waits_for_all_even_if_one_fails(used: SecondThread) -> None:
+    ended: list[str] = []
+
+    def fail() -> None:
+        raise KeyError("of the task")
+
+    def end_later() -> None:
+        time.sleep(0.05)
+        ended.append(this_thread())
+
+    tasks = [used.start(fail, Work.GRADIENTS), used.start(end_later, Work.GRADIENTS), Task(end_later)]
+    with pytest.raises(KeyError, match="of the task"):
+        wait_for_all(tasks)
+    assert len(ended) == 2
+
+
+def test_an_interruption_waits_for_what_the_second_thread_has_begun(
+    used: SecondThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end, waits = threading.Event(), threading.Event(), []
+    task = used.start(lambda: (has_begun.set(), may_end.wait()), Work.GRADIENTS)
+    assert has_begun.wait(timeout=600)
+    wait = Task.wait
+
+    def interrupted_once(task: Task[Any]) -> None:
+        waits.append(1)
+        if len(waits) == 1:
+            may_end.set()
+            raise KeyboardInterrupt
+        wait(task)
+
+    monkeypatch.setattr(Task, "wait", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        task.result()
+    assert len(waits) == 2
+    assert task._results
+
+
 def test_what_it_is_not_given_is_computed_by_who_asks(used: SecondThread) -> None:
     assert SecondThread().start(this_thread, Work.TARGETS).result() == "MainThread"
     used._given = Work.TARGETS
@@ -102,7 +141,7 @@ def test_a_sequence_is_begun_one_ahead(used: SecondThread) -> None:
 
 
 NAMES_OF_THREADS = """
-import os, threading
+import os, sys, threading
 from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 
 used = SecondThread()
@@ -117,7 +156,7 @@ print_the_thread()
 child = os.fork()
 if child == 0:
     print_the_thread()
-    os._exit(0)
+    sys.exit()
 os.waitpid(child, 0)
 """
 

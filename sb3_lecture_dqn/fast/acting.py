@@ -7,7 +7,7 @@ front of it is the policy's own.
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -15,6 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_lecture_dqn.fast.compiling import can_compile
 from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
@@ -27,6 +28,9 @@ from sb3_lecture_dqn.fast.head import (
 )
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
+
+if TYPE_CHECKING:
+    from sb3_lecture_dqn.fast.compiled_head import CompiledHead
 
 
 class NumpyLayer(NamedTuple):
@@ -65,12 +69,17 @@ class FastActing:
         return list(self.policy.q_net.q_net.parameters())
 
     def _prepare(self) -> None:
-        # it imports Numba, which who only loads a model need not wait for
-        from sb3_lecture_dqn.fast.compiled_head import CompiledHead, is_compilable
-
-        self.compiled_head = CompiledHead.of(self.head) if is_compilable(self.head) else None
+        self.compiled_head = self._make_compiled_head()
+        self.places = [] if self.compiled_head is None else self.compiled_head.places_of_one()
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
+
+    def _make_compiled_head(self) -> "CompiledHead | None":
+        if not can_compile(self.parameters[0].dtype):
+            return None
+        from sb3_lecture_dqn.fast.compiled_head import CompiledHead, is_compilable  # they import Numba
+
+        return CompiledHead.of(self.head) if is_compilable(self.head) else None
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> "FastActing | None":
@@ -145,12 +154,12 @@ class FastActing:
         with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
             features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
             if len(features) == 1:
-                return np.array([self._q_values_of_one(features.numpy()).argmax()])
+                return np.array([self._q_values_of_one(features.detach().numpy()).argmax()])
             return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
         if self.compiled_head is not None and self.compiled_head.takes(features):
-            return self.compiled_head.q_values_of_one(features)
+            return self.compiled_head.q_values_of_one(features, self.places)
         features = features[0]
         for layer in self.hidden_layers:
             features = layer.weight.dot(features)

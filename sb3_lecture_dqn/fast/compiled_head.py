@@ -5,10 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_lecture_dqn.fast import kernels
+from sb3_lecture_dqn.fast import kernels, threads
 from sb3_lecture_dqn.fast.head import Head, HiddenLayer
 from sb3_lecture_dqn.fast.products import LinearTensors, affine, write_weight_gradient
-from sb3_lecture_dqn.fast.threads import SMALL_WORK
 
 #: Features up to which a product is computed by a loop of ours, which begins at once.
 FEW_FEATURES = 32
@@ -17,7 +16,7 @@ FEW_FEATURES = 32
 class Workspace(NamedTuple):
     """What the forward pass of a hidden layer leaves for the backward pass of the same B observations."""
 
-    outputs: th.Tensor  # the Linear's, shape (B, n); where the Linear is a product, it gives a tensor of its own
+    outputs: th.Tensor | None  # the Linear's, shape (B, n); a product gives a tensor of its own
     activations: th.Tensor  # shape (B, n)
     means: np.ndarray  # of each row
     rstds: np.ndarray  # 1 / standard deviation of each row
@@ -31,8 +30,8 @@ class Workspace(NamedTuple):
         :param n_rows: B
         :return: The memory
         """
-        outputs, activations = layer.linear.weight.new_empty(2, n_rows, len(layer.weight))
-        return cls(outputs, activations, *np.empty((2, n_rows), layer.weight.dtype))
+        outputs, activations = (layer.linear.weight.new_empty(n_rows, len(layer.weight)) for _ in range(2))
+        return cls(outputs if layer.is_narrow else None, activations, *np.empty((2, n_rows), layer.weight.dtype))
 
 
 class KeptLayer(NamedTuple):
@@ -154,8 +153,6 @@ class CompiledHead(NamedTuple):
     final_bias: np.ndarray
     #: More rows are work for several threads, which the kernels do not use.
     most_rows: int
-    #: Where the activations of each hidden layer and the Q values of one observation are written.
-    places_of_one: list[np.ndarray]
 
     @classmethod
     def of(cls, head: Head) -> "CompiledHead":
@@ -169,8 +166,7 @@ class CompiledHead(NamedTuple):
         weight, bias = head.final_layer.weight.numpy(), head.final_layer.bias.numpy()
         n_parameters = weight.size + bias.size
         n_parameters += sum(layer.weight.size + 3 * layer.bias.size for layer in hidden_layers)
-        places = [np.empty((1, len(each)), weight.dtype) for each in (*(layer.bias for layer in hidden_layers), bias)]
-        return cls(hidden_layers, weight, bias, SMALL_WORK // n_parameters, places)
+        return cls(hidden_layers, weight, bias, threads.SMALL_WORK // n_parameters)
 
     def takes(self, features: th.Tensor | np.ndarray) -> bool:
         """
@@ -190,7 +186,7 @@ class CompiledHead(NamedTuple):
         :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
         :return: Q values, shape (B, |A|)
         """
-        features = features.contiguous()
+        features = features.detach().contiguous()
         means, rstds = np.empty((2, features.size(0)), self.final_weight.dtype)
         for layer in self.hidden_layers:
             features = layer.affine(features)
@@ -198,15 +194,25 @@ class CompiledHead(NamedTuple):
             layer.activate(activations, activations, means, rstds)
         return self.final_layer(activations)
 
-    def q_values_of_one(self, features: np.ndarray) -> np.ndarray:
+    def places_of_one(self) -> list[np.ndarray]:
+        """
+        Memory for one observation.
+
+        :return: Where the activations of each hidden layer and the Q values may be written, each of shape (1, n)
+        """
+        widths = [*(len(layer.bias) for layer in self.hidden_layers), len(self.final_bias)]
+        return [np.empty((1, width), self.final_bias.dtype) for width in widths]
+
+    def q_values_of_one(self, features: np.ndarray, places: list[np.ndarray]) -> np.ndarray:
         """
         Q(s, ·) of one observation.
 
         :param features: What the encoder gives, shape (1, features_dim), for which :meth:`takes` holds
-        :return: Q values, shape (1, |A|), which the next call overwrites
+        :param places: What :meth:`places_of_one` gave
+        :return: Q values, shape (1, |A|), in the last of the places
         """
         features = np.ascontiguousarray(features)
-        *places, q_values = self.places_of_one
+        *places, q_values = places
         for layer, place in zip(self.hidden_layers, places, strict=True):
             layer.activate_one(features, place)
             features = place
@@ -247,14 +253,22 @@ def is_compilable(head: Head | None) -> bool:
     Whether the kernels compute what a head does.
 
     :param head: The head
-    :return: Whether it has hidden layers, each with a LayerNorm, float32 or float64 parameters, and Numba compiles
+    :return: Whether it has hidden layers, each with a LayerNorm, of shapes that fit one another, as float32 or float64, and
+        Numba compiles
     """
-    if (
-        not kernels.is_compiling()
-        or head is None
-        or not head.hidden_layers
-        or head.final_layer.weight.dtype not in (th.float32, th.float64)
-    ):
+    if not kernels.is_compiling() or head is None or not head.hidden_layers:
         return False
-    norms_and_outputs = [(layer.layer_norm, layer.linear.weight.size(0)) for layer in head.hidden_layers]
-    return all(norm is not None and norm.shape == [n_outputs] for norm, n_outputs in norms_and_outputs)
+    dtype, n_inputs = head.final_layer.weight.dtype, head.hidden_layers[0].linear.weight.size(1)
+    for linear, norm, _ in head.hidden_layers:
+        n_outputs = linear.weight.size(0)
+        if norm is None or norm.shape != [n_outputs] or norm.weight.shape != (n_outputs,) or norm.bias.shape != (n_outputs,):
+            return False
+        if not _is_of_shape(linear, n_inputs):
+            return False
+        n_inputs = n_outputs
+    return dtype in (th.float32, th.float64) and _is_of_shape(head.final_layer, n_inputs)
+
+
+def _is_of_shape(linear: LinearTensors, n_inputs: int) -> bool:
+    """Whether it takes so many features, and has one bias for each output."""
+    return linear.weight.size(1) == n_inputs and linear.bias.shape == linear.weight.shape[:1]

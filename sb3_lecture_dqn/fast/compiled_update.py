@@ -11,9 +11,12 @@ from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead, KeptLayer, Workspace, is_compilable
 from sb3_lecture_dqn.fast.head import read_head
 from sb3_lecture_dqn.fast.products import inputs_gradient
-from sb3_lecture_dqn.fast.second_thread import Task, Work
+from sb3_lecture_dqn.fast.second_thread import Task, Work, wait_for_all
 from sb3_lecture_dqn.fast.update import FastUpdate
 from sb3_lecture_dqn.policies import LectureDQNPolicy
+
+#: More parameters are work for several threads, which the kernels do not use.
+MOST_PARAMETERS = 2**20
 
 
 class CompiledAdam(FlatAdam):
@@ -53,7 +56,7 @@ class CompiledUpdate(FastUpdate):
 
     Work that is large enough for several threads is left to :class:`FastUpdate`.
 
-    :param policy: The policy, which :meth:`for_policy` has looked at; its parameters become views of flat tensors
+    :param policy: The policy, for which :meth:`fits` holds; its parameters become views of flat tensors
     :param optimizer: Its optimizer
     """
 
@@ -63,45 +66,53 @@ class CompiledUpdate(FastUpdate):
         self.compiled_gradients, self._flat_gradient = CompiledHead.of(self.head_gradients), self.gradient.numpy()
         self._workspaces: list[Workspace] = []
 
-    @classmethod
-    def for_policy(cls, policy: LectureDQNPolicy) -> FastUpdate | None:
+    @staticmethod
+    def fits(policy: LectureDQNPolicy) -> bool:
         """
-        The fast update of a policy.
+        Whether the kernels compute what a policy's networks do.
 
         :param policy: The policy
-        :return: Its update; ``None`` also for hidden layers without LayerNorm, for none, and where Numba does not compile
+        :return: Whether both have hidden layers, each with a LayerNorm, and Numba compiles
         """
-        fits = isinstance(policy, LectureDQNPolicy) and is_compilable(read_head(policy.q_net))
-        return super().for_policy(policy) if fits else None
+        return all(is_compilable(read_head(q_net)) for q_net in (policy.q_net, policy.q_net_target))
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
-        has_trained_encoder = any(True for _ in self.policy.q_net.features_extractor.parameters())
-        # an encoder may have millions of parameters, and then there is work for several threads
-        return (FlatAdam if has_trained_encoder else CompiledAdam)(optimizer, self.theta, self.gradient)
+        return (CompiledAdam if self._is_for_one_thread else FlatAdam)(optimizer, self.theta, self.gradient)
+
+    @property
+    def _is_for_one_thread(self) -> bool:
+        return self.theta.numel() <= MOST_PARAMETERS
 
     def _q_values(self, features: th.Tensor) -> th.Tensor:
         takes_them = self.compiled_target.takes(features)
         return self.compiled_target.q_values(features) if takes_them else super()._q_values(features)
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
-        """The actions themselves where it is a kernel that looks for their Q values."""
-        return super()._selections(actions, batch_size) if batch_size > self.compiled_head.most_rows else actions
+        """The actions themselves: a kernel looks for their Q values."""
+        return actions
 
     def _head_gradients_of(
         self, features: th.Tensor, selection: th.Tensor, batch_targets: Callable[[], th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        if not self.compiled_head.takes(features):
-            return super()._head_gradients_of(features, selection, batch_targets)
-        if not self._workspaces or features.size(0) != self._workspaces[0].outputs.size(0):
-            self._workspaces = [Workspace.of(layer, features.size(0)) for layer in self.compiled_head.hidden_layers]
-        kept = self.compiled_head.forward_for_backward(features, self._workspaces)
-        activations = kept[-1].activations
-        q_values = self.compiled_head.final_layer(activations)
+        if not self.compiled_head.takes(features) or features.size(0) != selection.size(0):
+            return self._head_gradients_by_pytorch(features, selection, batch_targets)
+        kept = self.compiled_head.forward_for_backward(features, self._workspaces_for(features.size(0)))
+        q_values = self.compiled_head.final_layer(kept[-1].activations)
         targets = batch_targets()
         if targets.shape != selection.shape:
-            shapes = f"{tuple(selection.shape)}, got {tuple(targets.shape)}"
-            raise ValueError(f"the targets of a batch must have the shape of its actions, {shapes}")
-        return q_values, targets, self._backward(kept, self._final_layer_gradients(activations, q_values, selection, targets))
+            return self._head_gradients_by_pytorch(features, selection, lambda: targets)
+        gradient = self._final_layer_gradients(kept[-1].activations, q_values, selection, targets)
+        return q_values, targets, self._backward(kept, gradient)
+
+    def _head_gradients_by_pytorch(
+        self, features: th.Tensor, actions: th.Tensor, batch_targets: Callable[[], th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return super()._head_gradients_of(features, super()._selections(actions, actions.size(0)), batch_targets)
+
+    def _workspaces_for(self, n_rows: int) -> list[Workspace]:
+        if not self._workspaces or len(self._workspaces[0].means) != n_rows:
+            self._workspaces = [Workspace.of(layer, n_rows) for layer in self.compiled_head.hidden_layers]
+        return self._workspaces
 
     def _final_layer_gradients(
         self, activations: np.ndarray, q_values: th.Tensor, actions: th.Tensor, targets: th.Tensor
@@ -122,7 +133,7 @@ class CompiledUpdate(FastUpdate):
         except IndexError:
             is_one = (actions >= 0) & (actions < q_values.size(1))
             wrong = actions[~is_one][0].item()
-            raise IndexError(f"actions of a batch must be in 0 to {q_values.size(1) - 1}, got {wrong}") from None
+            raise RuntimeError(f"actions of a batch must be in 0 to {q_values.size(1) - 1}, got {wrong}") from None
         return gradient
 
     def _backward(self, kept: list[KeptLayer], gradient: np.ndarray) -> th.Tensor | None:
@@ -140,9 +151,10 @@ class CompiledUpdate(FastUpdate):
                 tasks.append(self.second_thread.start(weight_gradient, Work.GRADIENTS))
                 gradient = inputs_gradient(layer.linear, of_outputs).numpy()
         finally:  # so that nobody writes into the gradients later, even if this was interrupted
-            for task in tasks:
-                task.result()
+            wait_for_all(tasks)
         return th.from_numpy(gradient)
 
     def _squared_norm(self) -> th.Tensor:
+        if not self._is_for_one_thread:
+            return super()._squared_norm()
         return th.from_numpy(np.array(kernels.squared_norm(self._flat_gradient), self._flat_gradient.dtype))

@@ -14,7 +14,7 @@ import torch as th
 from torch import nn
 
 from sb3_lecture_dqn.fast.products import LinearTensors, affine, inputs_gradient, write_gradients
-from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work, wait_for_all
 from sb3_lecture_dqn.policies import QNetwork
 
 #: Methods of a network and its layers that the fast path does the work of, or goes around.
@@ -275,8 +275,7 @@ def backward(
             else:
                 linear_gradients()
     finally:  # so that nobody writes into the gradients later, even if this was interrupted
-        for task in tasks:
-            task.result()
+        wait_for_all(tasks)
     return gradient if needs_features else None
 
 

@@ -4,7 +4,8 @@ What lies between the matrix products of a gradient step, compiled for the CPU b
 PyTorch has an operation for each of LayerNorm, LeakyReLU, their gradients and the sums over a batch, and each of them passes
 over all activations. Here a row of 256 numbers is read once and stays in the smallest cache until all is done with it.
 
-All arrays are C-contiguous and of one type, ``float32`` or ``float64``; the caller has looked at their shapes.
+All arrays are C-contiguous and of one type, ``float32`` or ``float64``. Nothing looks at their shapes here:
+:mod:`sb3_lecture_dqn.fast.compiled_head` does.
 """
 
 import math
@@ -17,8 +18,9 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Sums may be made in another order, without which only one number is added at a time. NaN and ∞ stay what they are.
-FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+#: Sums may be made in another order, without which only one number is added at a time. NaN and ∞ stay what they are, and a
+#: division is one: its approximation ("arcp") would not be.
+FAST_MATH = {"reassoc", "contract", "nsz"}
 
 
 def compiled(function: F) -> F:
@@ -33,15 +35,6 @@ def compiled(function: F) -> F:
         return cast(F, compile_with(cache=True)(function))
     except RuntimeError:  # there is no folder to keep it in
         return cast(F, compile_with()(function))
-
-
-def is_compiling() -> bool:
-    """
-    Whether functions are compiled at all.
-
-    :return: ``False`` with ``NUMBA_DISABLE_JIT=1``, as debuggers want it: Python's own loops would take seconds for a step
-    """
-    return not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 @compiled
@@ -354,3 +347,33 @@ def adam_step(
         first_moment[i] += complement_1 * (gradient[i] - first_moment[i])
         second_moment[i] = beta_2 * second_moment[i] + complement_2 * gradient[i] * gradient[i]
         theta[i] -= step_size * first_moment[i] / (math.sqrt(second_moment[i]) * root_correction + epsilon)
+
+
+def is_compiling() -> bool:
+    """
+    Whether these functions are compiled at all.
+
+    :return: ``False`` with ``NUMBA_DISABLE_JIT=1``, as debuggers want it: Python's own loops would take seconds for a step
+    """
+    # what the switch was when this module was imported stays
+    return not numba.config.DISABLE_JIT and hasattr(adam_step, "py_func")  # type: ignore[attr-defined]
+
+
+def compile_for(dtype: Any) -> None:
+    """
+    Compile all functions, or read them from the disk, for arrays of a type.
+
+    :param dtype: ``np.float32`` or ``np.float64``
+    :raises Exception: whatever Numba raises if it cannot, for instance because the disk is full or what is on it is damaged
+    """
+    number, row, matrix = dtype(0.5), np.ones(1, dtype), np.ones((1, 1), dtype)
+    norm = (row, row, number, number)
+    narrow_affine(matrix, matrix, row, matrix)
+    narrow_weight_gradient(matrix, matrix, matrix)
+    hidden_layer_of_one(matrix, matrix, row, *norm, matrix)
+    normalise_and_activate(matrix, *norm, matrix, row, row)
+    normalise_and_activate_backward(matrix, matrix, matrix, row, row, row, number, row, row, row)
+    final_layer(matrix, matrix, row, matrix)
+    squared_td_error_backward(matrix, matrix, matrix, np.zeros((1, 1), np.int64), matrix, matrix, matrix, row)
+    squared_norm(row)
+    adam_step(row, row, row, row, number, number, number, number, number, number)

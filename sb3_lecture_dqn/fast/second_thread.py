@@ -59,10 +59,36 @@ class Task(Generic[T]):
         :raises BaseException: what the call raised
         """
         self.run()
-        with self._running:
-            if self._error is not None:
-                raise self._error
+        try:
+            self.wait()
+        except BaseException:  # an interruption: the other thread still writes into what belongs to the caller
+            self.wait()
+            raise
+        if self._error is not None:
+            raise self._error
         return self._results[0]
+
+    def wait(self) -> None:
+        """Wait for who has begun it."""
+        with self._running:
+            pass
+
+
+def wait_for_all(tasks: Sequence[Task[Any]]) -> None:
+    """
+    Wait for tasks, for all of them even if one fails or the waiting is interrupted.
+
+    :param tasks: The tasks
+    :raises BaseException: what one of them raised
+    """
+    try:
+        for task in tasks:
+            task.result()
+    except BaseException:
+        for task in tasks:
+            task.run()
+            task.wait()
+        raise
 
 
 @cache
@@ -169,6 +195,7 @@ class SecondThread:
         is_trial = self._position < self.trial
         self._given = Work(self._position // self.block % len(Work)) if is_trial else self._best
         start = time.perf_counter() if self._last_end is None else self._last_end
+        self._last_end = None  # if this is interrupted, nobody knows how long for
         yield
         self._last_end = time.perf_counter()
         if is_trial and self._position % self.block:
