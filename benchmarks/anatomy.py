@@ -68,6 +68,7 @@ def microseconds(work: Callable[[], object], repeat: int = 50, rounds: int = 7) 
     return 1e6 * float(min(medians))
 
 
+@th.enable_grad()
 def trained(algorithm: type[Any], width: int = 256, **settings: Any) -> Any:
     """A model in the middle of a run on LunarLander-v3."""
     policy_kwargs = {"net_arch": [width, width]}

@@ -229,12 +229,13 @@ def spied(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_work_for_several_threads_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_for_several_threads_is_left_to_pytorch_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = spied(monkeypatch, "final_layer")
     model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), learning_starts=0, seed=0)
     most_rows = SMALL_WORK // sum(parameter.numel() for parameter in model.q_net.parameters())
     model.learn(8)
-    for batch_size, n_passes in ((most_rows, 2), (most_rows + 1, 0)):
+    for n_threads, batch_size, n_passes in ((2, most_rows, 2), (2, most_rows + 1, 0), (1, most_rows + 1, 2)):
+        th.set_num_threads(n_threads)
         shapes.clear()
         model.train(1, batch_size)
         assert shapes == n_passes * [(batch_size, 256)]

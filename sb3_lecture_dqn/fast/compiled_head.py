@@ -151,7 +151,7 @@ class CompiledHead(NamedTuple):
     hidden_layers: list[CompiledLayer]
     final_weight: np.ndarray
     final_bias: np.ndarray
-    #: More rows are work for several threads, which the kernels do not use.
+    #: More rows are work for several threads, which the kernels do not use; where there are any.
     most_rows: int
 
     @classmethod
@@ -173,11 +173,12 @@ class CompiledHead(NamedTuple):
         Whether the kernels, which look at nothing, may have these features. If not, PyTorch says what is wrong, or takes them.
 
         :param features: What the encoder gives, shape (B, features_dim)
-        :return: Whether they are few enough rows, with the number and the type of features of the first layer
+        :return: Whether they are of the first layer's number and type, and few rows where there are several threads
         """
         weight = self.hidden_layers[0].weight if isinstance(features, np.ndarray) else self.hidden_layers[0].linear.weight
-        is_matrix = features.ndim == 2 and features.shape[0] <= self.most_rows
-        return is_matrix and features.shape[1] == weight.shape[1] and features.dtype == weight.dtype
+        if features.ndim != 2 or features.shape[1] != weight.shape[1] or features.dtype != weight.dtype:
+            return False
+        return features.shape[0] <= self.most_rows or th.get_num_threads() == 1
 
     def q_values(self, features: th.Tensor) -> th.Tensor:
         """
