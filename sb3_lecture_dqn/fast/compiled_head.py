@@ -64,7 +64,7 @@ class CompiledLayer(NamedTuple):
         :return: Its arrays
         """
         norm = layer.layer_norm
-        assert norm is not None  # for_policy has looked
+        assert norm is not None  # is_compilable has looked
         weight, bias = layer.linear.weight.numpy(), layer.linear.bias.numpy()
         number = weight.dtype.type  # of the arrays' type, so that all is computed in it
         settings = number(norm.epsilon), number(layer.negative_slope)
