@@ -1,5 +1,6 @@
 """What Numba compiles computes what PyTorch computes, and is left out where it does not fit."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -414,6 +415,25 @@ def test_where_nothing_can_be_kept_on_disk_functions_are_compiled_anyway(monkeyp
 
     monkeypatch.setattr(numba, "njit", without_a_folder)
     assert kernels.compiled(lambda number: number + 1)(2) == 3
+
+
+TRAINING = """
+import numba
+from sb3_lecture_dqn import LectureDQN
+
+LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=5, seed=0).learn(10)
+print(repr(numba.config.CACHE_DIR))
+"""
+
+
+@pytest.mark.parametrize("users_folder", ["", "mine"])
+def test_what_is_compiled_is_kept_in_the_users_folder_for_caches(tmp_path: Path, users_folder: str) -> None:
+    folder = str(tmp_path / users_folder) if users_folder else ""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches"), "NUMBA_CACHE_DIR": folder}
+    run = subprocess.run([sys.executable, "-c", TRAINING], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{folder!r}\n"  # the user's own functions go where they went
+    kept = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.nbc")}
+    assert kept == {users_folder or "caches"}
 
 
 ONLY_LOADING = """

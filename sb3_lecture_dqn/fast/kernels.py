@@ -9,8 +9,10 @@ All arrays are C-contiguous and of one type, ``float32`` or ``float64``. Nothing
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -31,10 +33,26 @@ def compiled(function: F) -> F:
     :return: The compiled function
     """
     compile_with = partial(numba.njit, nogil=True, fastmath=FAST_MATH, error_model="numpy")
+    config: Any = numba.config
+    users_folder = config.CACHE_DIR
     try:
+        config.CACHE_DIR = users_folder or str(cache_folder())  # Numba looks at it when it makes a function
         return cast(F, compile_with(cache=True)(function))
     except RuntimeError:  # there is no folder to keep it in
         return cast(F, compile_with()(function))
+    finally:
+        config.CACHE_DIR = users_folder
+
+
+def cache_folder() -> Path:
+    """
+    Where compiled functions are kept if ``NUMBA_CACHE_DIR`` says nothing: not in the package, where uninstalling leaves them.
+
+    :return: ``sb3_lecture_dqn`` in the user's folder for caches
+    :raises RuntimeError: if the user has no home
+    """
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "sb3_lecture_dqn"
 
 
 @compiled
