@@ -282,6 +282,20 @@ class WideEncoder(FlattenExtractor):
         return super().forward(observations).repeat(1, 2)
 
 
+class DoublingEncoder(FlattenExtractor):
+    """Gives twice as many rows in training mode, as augmentation does."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return th.cat([features, -features]) if self.training else features
+
+
+def test_more_features_than_actions_are_pytorchs_error() -> None:
+    model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": DoublingEncoder})
+    with pytest.raises(RuntimeError, match="must match the size"):
+        train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+
+
 def test_features_that_the_network_cannot_take_are_pytorchs_errors() -> None:
     """The kernels would read what lies behind the array."""
     for fast in (False, True):
@@ -313,6 +327,10 @@ def exchange_a_norms_weight(model: LectureDQN) -> None:
     model.q_net.q_net[1].weight = th.nn.Parameter(th.ones(17, dtype=th.float64))
 
 
+def exchange_a_norms_bias(model: LectureDQN) -> None:
+    model.q_net.q_net[1].bias = th.nn.Parameter(th.ones(17, dtype=th.float64))
+
+
 def exchange_a_middle_layer(model: LectureDQN) -> None:
     model.q_net.q_net[3] = th.nn.Linear(40, 16, dtype=th.float64)
 
@@ -328,6 +346,7 @@ def take_a_target_without_layer_norm(model: LectureDQN) -> None:
         exchange_the_final_layer,
         take_one_bias_for_all,
         exchange_a_norms_weight,
+        exchange_a_norms_bias,
         exchange_a_middle_layer,
         take_a_target_without_layer_norm,
     ],

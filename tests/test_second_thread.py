@@ -327,6 +327,16 @@ def test_it_is_given_what_makes_training_and_collecting_quickest_and_that_is_tri
     assert set(given[trial:period]) == {quickest}
 
 
+def test_the_first_call_of_each_block_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
+    second_thread = SecondThread()
+    for _ in range(SecondThread.warm_up + SecondThread.trial - 1):
+        with second_thread.measured(may_be_used=True, gradient_steps=1):
+            pass
+    n_calls = [len(seconds) for seconds in second_thread._seconds.values()]
+    assert n_calls == [2 * (SecondThread.block - 1), 2 * (SecondThread.block - 1), 2 * (SecondThread.block - 1) - 1]
+
+
 def test_who_allows_one_thread_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(decisions(monkeypatch, [1.0, 0.5, 0.5], [0.0, 0.0, 0.0], may_be_used=False)) == {Work.NOTHING}
 

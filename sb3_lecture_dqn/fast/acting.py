@@ -154,7 +154,7 @@ class FastActing:
         with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
             features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
             if len(features) == 1:
-                return np.array([self._q_values_of_one(features.detach().numpy()).argmax()])
+                return np.array([self._q_values_of_one(features.numpy()).argmax()])
             return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:

@@ -187,7 +187,7 @@ class CompiledHead(NamedTuple):
         :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
         :return: Q values, shape (B, |A|)
         """
-        features = features.detach().contiguous()
+        features = features.contiguous()
         means, rstds = np.empty((2, features.size(0)), self.final_weight.dtype)
         for layer in self.hidden_layers:
             features = layer.affine(features)

@@ -16,17 +16,16 @@ def can_compile(dtype: th.dtype) -> bool:
     Compile the kernels for a type of numbers, or read them from the disk.
 
     :param dtype: The type
-    :return: Whether they may be called; whatever the reason is that they may not, PyTorch's operations take their place
+    :return: Whether that worked; whatever the reason is that it did not, PyTorch's operations take their place
     """
     if dtype not in NUMPY_TYPES:
         return False
     try:
         from sb3_lecture_dqn.fast import kernels
 
-        if kernels.is_compiling():
-            kernels.compile_for(NUMPY_TYPES[dtype])
-        return kernels.is_compiling()
+        kernels.compile_for(NUMPY_TYPES[dtype])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"Numba does not compile here, and training takes longer without it ({reason})", stacklevel=2)
         return False
+    return True
