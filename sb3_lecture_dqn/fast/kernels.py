@@ -119,49 +119,6 @@ def narrow_weight_gradient(inputs: np.ndarray, gradient: np.ndarray, weight_grad
 
 
 @compiled
-def hidden_layer_of_one(
-    inputs: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    norm_weight: np.ndarray,
-    norm_bias: np.ndarray,
-    epsilon: float,
-    negative_slope: float,
-    activations: np.ndarray,
-) -> None:
-    """
-    Linear → LayerNorm → LeakyReLU (L6) of one observation.
-
-    :param inputs: x, shape (1, in_features)
-    :param weight: W, shape (n, in_features)
-    :param bias: b, shape (n,)
-    :param norm_weight: LayerNorm's weight, shape (n,)
-    :param norm_bias: LayerNorm's bias, shape (n,)
-    :param epsilon: What LayerNorm adds to the variance
-    :param negative_slope: LeakyReLU's slope below 0, at least 0
-    :param activations: Where the result is written, shape (1, n)
-    """
-    n, n_inputs = weight.shape
-    observation, activation = inputs[0], activations[0]
-    one = weight.dtype.type(1)
-    inverse = one / weight.dtype.type(n)
-    mean = weight.dtype.type(0)
-    for j in range(n):
-        row, output = weight[j], bias[j]
-        for k in range(n_inputs):
-            output += observation[k] * row[k]
-        activation[j] = output
-        mean += output * inverse
-    squares = weight.dtype.type(0)
-    for j in range(n):
-        squares += (activation[j] - mean) * (activation[j] - mean)
-    rstd = one / math.sqrt(squares * inverse + epsilon)
-    for j in range(n):
-        normalised = (activation[j] - mean) * rstd * norm_weight[j] + norm_bias[j]
-        activation[j] = normalised if normalised > 0 else normalised * negative_slope
-
-
-@compiled
 def normalise_and_activate(
     outputs: np.ndarray,
     weight: np.ndarray,
@@ -201,6 +158,39 @@ def normalise_and_activate(
             normalised = (row[j] - mean) * rstd * weight[j] + bias[j]
             activation[j] = normalised if normalised > 0 else normalised * negative_slope
         means[i], rstds[i] = mean, rstd
+
+
+@compiled
+def hidden_layer_of_one(
+    inputs: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    norm_weight: np.ndarray,
+    norm_bias: np.ndarray,
+    epsilon: float,
+    negative_slope: float,
+    activations: np.ndarray,
+) -> None:
+    """
+    Linear → LayerNorm → LeakyReLU (L6) of one observation.
+
+    :param inputs: x, shape (1, in_features)
+    :param weight: W, shape (n, in_features)
+    :param bias: b, shape (n,)
+    :param norm_weight: LayerNorm's weight, shape (n,)
+    :param norm_bias: LayerNorm's bias, shape (n,)
+    :param epsilon: What LayerNorm adds to the variance
+    :param negative_slope: LeakyReLU's slope below 0, at least 0
+    :param activations: Where the result is written, shape (1, n)
+    """
+    observation, activation = inputs[0], activations[0]
+    for j in range(weight.shape[0]):
+        row, output = weight[j], bias[j]
+        for k in range(row.size):
+            output += observation[k] * row[k]
+        activation[j] = output
+    mean, rstd = np.empty(1, weight.dtype), np.empty(1, weight.dtype)
+    normalise_and_activate(activations, norm_weight, norm_bias, epsilon, negative_slope, activations, mean, rstd)
 
 
 @compiled
