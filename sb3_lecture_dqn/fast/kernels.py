@@ -144,6 +144,7 @@ def normalise_and_activate(
     n_rows, n = outputs.shape
     one = outputs.dtype.type(1)
     inverse = one / outputs.dtype.type(n)
+    centred = np.empty(n, outputs.dtype)  # written from here, activations that are outputs are computed several at a time too
     for i in range(n_rows):
         row, activation = outputs[i], activations[i]
         total = outputs.dtype.type(0)
@@ -152,10 +153,11 @@ def normalise_and_activate(
         mean = total * inverse
         squares = outputs.dtype.type(0)
         for j in range(n):
-            squares += (row[j] - mean) * (row[j] - mean)
+            centred[j] = row[j] - mean
+            squares += centred[j] * centred[j]
         rstd = one / math.sqrt(squares * inverse + epsilon)
         for j in range(n):
-            normalised = (row[j] - mean) * rstd * weight[j] + bias[j]
+            normalised = centred[j] * rstd * weight[j] + bias[j]
             activation[j] = normalised if normalised > 0 else normalised * negative_slope
         means[i], rstds[i] = mean, rstd
 
