@@ -50,7 +50,7 @@ from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.compiling import can_compile
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate, lay_out_for_device
-from sb3_lecture_dqn.fast.head import is_own_method
+from sb3_lecture_dqn.fast.head import is_own_method, read_head
 from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans, stack_metrics
@@ -669,12 +669,11 @@ class LectureDQN(OffPolicyAlgorithm):
     def _make_fast_update(self) -> FastUpdate | None:
         if self.device.type != "cpu":
             return GraphUpdate.for_policy(self.policy)
-        kind = FastUpdate
-        if can_compile(next(self.policy.parameters()).dtype):
-            from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate  # it imports Numba
+        if not all(map(can_compile, map(read_head, (self.q_net, self.q_net_target)))):
+            return FastUpdate.for_policy(self.policy)
+        from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate  # it imports Numba
 
-            kind = CompiledUpdate if CompiledUpdate.fits(self.policy) else FastUpdate
-        return kind.for_policy(self.policy)
+        return CompiledUpdate.for_policy(self.policy)
 
     def _fast_gradient_steps(self, fast_update: FastUpdate, gradient_steps: int, batch_size: int) -> None:
         """The same function as many times :meth:`_gradient_step`, without PyTorch's modules and graph."""

@@ -70,16 +70,15 @@ class FastActing:
 
     def _prepare(self) -> None:
         self.compiled_head = self._make_compiled_head()
-        self.places = [] if self.compiled_head is None else self.compiled_head.places_of_one()
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
     def _make_compiled_head(self) -> "CompiledHead | None":
-        if not can_compile(self.parameters[0].dtype):
+        if not can_compile(self.head):
             return None
-        from sb3_lecture_dqn.fast.compiled_head import CompiledHead, is_compilable  # they import Numba
+        from sb3_lecture_dqn.fast.compiled_head import CompiledHead  # it imports Numba
 
-        return CompiledHead.of(self.head) if is_compilable(self.head) else None
+        return CompiledHead.of(self.head)
 
     @classmethod
     def for_policy(cls, policy: LectureDQNPolicy) -> "FastActing | None":
@@ -159,7 +158,7 @@ class FastActing:
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
         if self.compiled_head is not None and self.compiled_head.takes(features):
-            return self.compiled_head.q_values_of_one(features, self.places)
+            return self.compiled_head.q_values_of_one(features)
         features = features[0]
         for layer in self.hidden_layers:
             features = layer.weight.dot(features)

@@ -1,19 +1,25 @@
-"""The fast update on the CPU with what lies between the matrix products compiled (:mod:`sb3_lecture_dqn.fast.kernels`)."""
+"""The fast update on the CPU, compiled (:mod:`sb3_lecture_dqn.fast.kernels`)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_lecture_dqn.fast import kernels
 from sb3_lecture_dqn.fast.adam import FlatAdam
-from sb3_lecture_dqn.fast.compiled_head import CompiledHead, KeptLayer, Workspace, is_compilable
-from sb3_lecture_dqn.fast.head import read_head
-from sb3_lecture_dqn.fast.products import inputs_gradient
-from sb3_lecture_dqn.fast.second_thread import Task, Work, wait_for_all
-from sb3_lecture_dqn.fast.update import FastUpdate
+from sb3_lecture_dqn.fast.compiled_head import CompiledHead, Workspace
+from sb3_lecture_dqn.fast.device_copy import DrawnRows
+from sb3_lecture_dqn.fast.second_thread import Work
+from sb3_lecture_dqn.fast.update import FastUpdate, StepResults, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
+
+AdamArguments = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, float, tuple[float, float], float]
 
 #: More parameters are work for several threads, which the kernels do not use.
 MOST_PARAMETERS = 2**20
@@ -32,49 +38,56 @@ class CompiledAdam(FlatAdam):
         super().__init__(optimizer, theta, gradient)
         self._arrays = (theta.numpy(), gradient.numpy(), self.first_moment.numpy(), self.second_moment.numpy())
 
+    def for_kernels(self) -> AdamArguments:
+        """
+        What the kernels have to know for the next step.
+
+        :return: θ, its gradient, both moments, the number of this step, learning rate, betas and ϵ
+        """
+        group = self.optimizer.param_groups[0]
+        learning_rate, (beta_1, beta_2) = float(group["lr"]), group["betas"]
+        return *self._arrays, int(self.step_count) + 1, learning_rate, (float(beta_1), float(beta_2)), float(group["eps"])
+
     def step(self) -> None:
         """One step of Adam."""
+        kernels.adam_step(*self.for_kernels())
         self.step_counts += 1
-        group, count = self.optimizer.param_groups[0], self.step_count.item()
-        beta_1, beta_2 = group["betas"]
-        step_size, root_correction = group["lr"] / (1 - beta_1**count), (1 - beta_2**count) ** -0.5
-        number = self._arrays[0].dtype.type
-        kernels.adam_step(
-            *self._arrays,
-            number(1 - beta_1),
-            number(beta_2),
-            number(1 - beta_2),
-            number(step_size),
-            number(root_correction),
-            number(group["eps"]),
-        )
+
+
+def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> tuple[th.Tensor, ...]:
+    """
+    The metrics of training calls, which are there already where all of a step was compiled.
+
+    :param results: What their steps gave
+    :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
+    """
+    parts: list[Sequence[th.Tensor]] = []
+    for kind, alike in groupby(results, type):
+        of_calls: list[Any] = list(alike)
+        is_there = kind is np.ndarray
+        parts.append(th.from_numpy(np.concatenate(of_calls)).unbind(dim=1) if is_there else metrics_of_results(of_calls))
+    return tuple(map(th.cat, zip(*parts, strict=True)))
 
 
 class CompiledUpdate(FastUpdate):
     """
     The update for one policy on the CPU.
 
-    Work that is large enough for several threads is left to :class:`FastUpdate`.
+    Behind an encoder, what comes after it is compiled. Work that is large enough for several threads is left to
+    :class:`FastUpdate`.
 
-    :param policy: The policy, for which :meth:`fits` holds; its parameters become views of flat tensors
+    :param policy: The policy, of whose heads :func:`~sb3_lecture_dqn.fast.compiling.can_compile` holds; its parameters become
+        views of flat tensors
     :param optimizer: Its optimizer
     """
+
+    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(metrics_of_calls)
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
         self.compiled_head, self.compiled_target = CompiledHead.of(self.head), CompiledHead.of(self.target_head)
         self.compiled_gradients, self._flat_gradient = CompiledHead.of(self.head_gradients), self.gradient.numpy()
-        self._workspaces: list[Workspace] = []
-
-    @staticmethod
-    def fits(policy: LectureDQNPolicy) -> bool:
-        """
-        Whether the kernels compute what a policy's networks do.
-
-        :param policy: The policy
-        :return: Whether both have hidden layers, each with a LayerNorm, and Numba compiles
-        """
-        return all(is_compilable(read_head(q_net)) for q_net in (policy.q_net, policy.q_net_target))
+        self._workspaces: tuple[Workspace, ...] = ()
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
         return (CompiledAdam if self._is_for_one_thread else FlatAdam)(optimizer, self.theta, self.gradient)
@@ -82,6 +95,72 @@ class CompiledUpdate(FastUpdate):
     @property
     def _is_for_one_thread(self) -> bool:
         return self.theta.numel() <= MOST_PARAMETERS
+
+    def steps(
+        self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
+    ) -> Any:
+        """
+        Gradient steps as :meth:`FastUpdate.steps` makes them; all of a step in one call where there is no encoder.
+
+        :param samples: The transitions of all batches, one batch after the other
+        :param targets_of: Gives the targets of some of the rows
+        :param batch_size: B
+        :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
+        :return: What :meth:`metrics_of` needs
+        """
+        assert not isinstance(samples, DrawnRows)  # see takes_drawn_rows
+        if not self._takes(samples):
+            return super().steps(samples, targets_of, batch_size, max_grad_norm)
+        actions = samples.actions.long().contiguous().numpy()
+        observations, next_observations, rewards, dones = (
+            tensor.to(self.theta.dtype).contiguous().numpy()
+            for tensor in (samples.observations, samples.next_observations, samples.rewards, samples.dones)
+        )
+        of_next = partial(kernels.td_targets, self.compiled_target, next_observations, rewards, dones, targets_of.gamma)
+        parts = self._parts(len(actions) // batch_size, batch_size)
+        tasks = self.second_thread.in_advance([partial(of_next, part.start, part.stop) for part in parts], Work.TARGETS)
+        metrics = np.empty((len(actions) // batch_size, 4), self._flat_gradient.dtype)
+        for part, task in zip(parts, tasks, strict=True):
+            of_part = slice(part.start // batch_size, part.stop // batch_size)
+            transitions = observations[part], actions[part], task.result()
+            self._compiled_steps(*transitions, math.inf if max_grad_norm is None else max_grad_norm, metrics[of_part])
+        return metrics
+
+    def _takes(self, samples: ReplayBufferSamples) -> bool:
+        """Whether the kernels, which look at nothing, compute all of a step on these transitions."""
+        if not self.has_vector_observations or not isinstance(self.adam, CompiledAdam) or samples.discounts is not None:
+            return False
+        observations, next_observations, shape = samples.observations, samples.next_observations, samples.actions.shape
+        are_alike = shape == samples.rewards.shape == samples.dones.shape == (len(observations), 1)
+        return are_alike and observations.shape == next_observations.shape and self.compiled_head.takes(observations.float())
+
+    def _compiled_steps(
+        self, features: np.ndarray, actions: np.ndarray, targets: np.ndarray, max_grad_norm: float, metrics: np.ndarray
+    ) -> None:
+        assert isinstance(self.adam, CompiledAdam)  # _takes has looked
+        workspaces = self._workspaces_for(len(actions) // len(metrics))
+        with self._named_actions(actions):
+            kernels.gradient_steps(
+                self.compiled_head,
+                self.compiled_gradients,
+                workspaces,
+                *self.adam.for_kernels(),
+                max_grad_norm,
+                features,
+                actions,
+                targets,
+                metrics,
+            )
+        self.adam.step_counts += len(metrics)
+
+    @contextmanager
+    def _named_actions(self, actions: np.ndarray) -> Iterator[None]:
+        try:
+            yield
+        except IndexError:
+            n_actions = len(self.compiled_head.final_bias)
+            wrong = actions[(actions < 0) | (actions >= n_actions)][0]
+            raise RuntimeError(f"actions of a batch must be in 0 to {n_actions - 1}, got {wrong}") from None
 
     def _q_values(self, features: th.Tensor) -> th.Tensor:
         takes_them = self.compiled_target.takes(features)
@@ -94,65 +173,22 @@ class CompiledUpdate(FastUpdate):
     def _head_gradients_of(
         self, features: th.Tensor, selection: th.Tensor, batch_targets: Callable[[], th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        if not self.compiled_head.takes(features) or features.size(0) != selection.size(0):
-            return self._head_gradients_by_pytorch(features, selection, batch_targets)
-        kept = self.compiled_head.forward_for_backward(features, self._workspaces_for(features.size(0)))
-        q_values = self.compiled_head.final_layer(kept[-1].activations)
         targets = batch_targets()
-        if targets.shape != selection.shape:
-            return self._head_gradients_by_pytorch(features, selection, lambda: targets)
-        gradient = self._final_layer_gradients(kept[-1].activations, q_values, selection, targets)
-        return q_values, targets, self._backward(kept, gradient)
+        is_for_kernels = self.compiled_head.takes(features) and len(features) == len(selection)
+        if not is_for_kernels or targets.shape != selection.shape or targets.dtype != features.dtype:
+            return super()._head_gradients_of(features, super()._selections(selection, selection.size(0)), lambda: targets)
+        features_gradient = th.empty_like(features) if self.has_trained_encoder else features[:0]
+        q_values = features.new_empty(len(features), len(self.compiled_head.final_bias))
+        of_theta = self.compiled_head, self.compiled_gradients, self._workspaces_for(len(features))
+        tensors = features.contiguous(), selection, targets.contiguous(), q_values, features_gradient
+        with self._named_actions(selection.numpy()):
+            kernels.squared_td_error_gradients(*of_theta, *map(th.Tensor.numpy, tensors))
+        return q_values, targets, features_gradient if self.has_trained_encoder else None
 
-    def _head_gradients_by_pytorch(
-        self, features: th.Tensor, actions: th.Tensor, batch_targets: Callable[[], th.Tensor]
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return super()._head_gradients_of(features, super()._selections(actions, actions.size(0)), batch_targets)
-
-    def _workspaces_for(self, n_rows: int) -> list[Workspace]:
+    def _workspaces_for(self, n_rows: int) -> tuple[Workspace, ...]:
         if not self._workspaces or len(self._workspaces[0].means) != n_rows:
-            self._workspaces = [Workspace.of(layer, n_rows) for layer in self.compiled_head.hidden_layers]
+            self._workspaces = self.compiled_head.workspaces(n_rows)
         return self._workspaces
-
-    def _final_layer_gradients(
-        self, activations: np.ndarray, q_values: th.Tensor, actions: th.Tensor, targets: th.Tensor
-    ) -> np.ndarray:
-        """Write those of the final layer's parameters; gives that of the last activations."""
-        gradient = np.empty_like(activations)
-        try:
-            kernels.squared_td_error_backward(
-                activations,
-                self.compiled_head.final_weight,
-                q_values.numpy(),
-                actions.numpy(),
-                targets.contiguous().numpy(),
-                gradient,
-                self.compiled_gradients.final_weight,
-                self.compiled_gradients.final_bias,
-            )
-        except IndexError:
-            is_one = (actions >= 0) & (actions < q_values.size(1))
-            wrong = actions[~is_one][0].item()
-            raise RuntimeError(f"actions of a batch must be in 0 to {q_values.size(1) - 1}, got {wrong}") from None
-        return gradient
-
-    def _backward(self, kept: list[KeptLayer], gradient: np.ndarray) -> th.Tensor | None:
-        """As :func:`sb3_lecture_dqn.fast.head.backward` for the hidden layers; the gradient is overwritten."""
-        tasks: list[Task[None]] = []
-        try:
-            for index in reversed(range(len(kept))):
-                layer, gradients = self.compiled_head.hidden_layers[index], self.compiled_gradients.hidden_layers[index]
-                layer.backward_to_linear(gradients, kept[index], gradient)
-                of_outputs = th.from_numpy(gradient)
-                weight_gradient = partial(gradients.write_weight_gradient, kept[index].inputs, of_outputs)
-                if index == 0 and not self.has_trained_encoder:
-                    weight_gradient()
-                    return None
-                tasks.append(self.second_thread.start(weight_gradient, Work.GRADIENTS))
-                gradient = inputs_gradient(layer.linear, of_outputs).numpy()
-        finally:  # so that nobody writes into the gradients later, even if this was interrupted
-            wait_for_all(tasks)
-        return th.from_numpy(gradient)
 
     def _squared_norm(self) -> th.Tensor:
         if not self._is_for_one_thread:

@@ -3,29 +3,41 @@
 import warnings
 from functools import cache
 
-import numpy as np
 import torch as th
 
-#: Types of numbers that the kernels are for.
-NUMPY_TYPES = {th.float32: np.float32, th.float64: np.float64}
+from sb3_lecture_dqn.fast.head import Head
+
+
+def can_compile(head: Head | None) -> bool:
+    """
+    Whether the kernels compute what a head does; they are compiled, or read from the disk, when this is first asked.
+
+    :param head: The head
+    :return: Whether they do; if Numba does not compile here, for whatever reason, PyTorch's operations take their place
+    """
+    if head is None or any(layer.layer_norm is None for layer in head.hidden_layers):
+        return False
+    try:
+        from sb3_lecture_dqn.fast import compiled_head  # it imports Numba
+    except Exception as error:
+        return _warn(error)
+    return compiled_head.is_compilable(head) and _can_compile(head.final_layer.weight.dtype, len(head.hidden_layers))
 
 
 @cache
-def can_compile(dtype: th.dtype) -> bool:
-    """
-    Compile the kernels for a type of numbers, or read them from the disk.
+def _can_compile(dtype: th.dtype, n_hidden_layers: int) -> bool:
+    from sb3_lecture_dqn.fast import compiled_head, kernels
 
-    :param dtype: The type
-    :return: Whether that worked; whatever the reason is that it did not, PyTorch's operations take their place
-    """
-    if dtype not in NUMPY_TYPES:
+    if not kernels.is_compiling():
         return False
     try:
-        from sb3_lecture_dqn.fast import kernels
-
-        kernels.compile_for(NUMPY_TYPES[dtype])
+        compiled_head.compile_kernels(dtype, n_hidden_layers)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"Numba does not compile here, and training takes longer without it ({reason})", stacklevel=2)
-        return False
+        return _warn(error)
     return True
+
+
+def _warn(error: Exception) -> bool:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    warnings.warn(f"Numba does not compile here, and training takes longer without it ({reason})", stacklevel=2)
+    return False

@@ -1,11 +1,12 @@
 """
-What lies between the matrix products of a gradient step, compiled for the CPU by Numba: loops that pass over the memory once.
+A gradient step, compiled for the CPU by Numba: without PyTorch's dispatching, and without Python between its parts.
 
-PyTorch has an operation for each of LayerNorm, LeakyReLU, their gradients and the sums over a batch, and each of them passes
-over all activations. Here a row of 256 numbers is read once and stays in the smallest cache until all is done with it.
+PyTorch has an operation for each product, LayerNorm, LeakyReLU, their gradients and the sums over a batch. Each begins with
+what costs as much as a small product, each passes over all activations, and the Python between them is no longer in the cache
+when its turn comes. Here a step is one call, and a row of numbers stays in the smallest cache until all is done with it.
 
-All arrays are C-contiguous and of one type, ``float32`` or ``float64``. Nothing looks at their shapes here:
-:mod:`sb3_lecture_dqn.fast.compiled_head` does.
+All arrays are of one type, ``float32`` or ``float64``, and C-contiguous unless it is said otherwise. Nothing looks at their
+shapes here: :mod:`sb3_lecture_dqn.fast.compiled_head` does.
 """
 
 import math
@@ -13,10 +14,22 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils as _cgutils
+from numba.extending import intrinsic
+from numba.np import arrayobj as _arrayobj
+
+if TYPE_CHECKING:
+    from sb3_lecture_dqn.fast.compiled_head import CompiledHead, CompiledLayer, Workspace
+
+# Numba says no types of its own
+cgutils: Any = _cgutils
+make_array: Any = _arrayobj.make_array
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,10 +42,27 @@ def compiled(function: F) -> F:
     """
     A function compiled when it is first called, and kept on disk for the next process; it runs without Python's lock.
 
+    Where another one calls it, its text is put there. Called for itself, it might add in another order in the process that
+    compiles it than in those that read it from the disk.
+
     :param function: The function
     :return: The compiled function
     """
-    compile_with = partial(numba.njit, nogil=True, fastmath=FAST_MATH, error_model="numpy")
+    return _compiled(function, fastmath=FAST_MATH, inline="always")
+
+
+def compiled_once(function: F) -> F:
+    """
+    The same for a function that adds in the order in which it is written, so that it need not be compiled for each caller.
+
+    :param function: The function
+    :return: The compiled function
+    """
+    return _compiled(function, fastmath={"contract", "nsz"})
+
+
+def _compiled(function: F, **options: Any) -> F:
+    compile_with = partial(numba.njit, nogil=True, error_model="numpy", **options)
     config: Any = numba.config
     users_folder = config.CACHE_DIR
     try:
@@ -55,67 +85,150 @@ def cache_folder() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "sb3_lecture_dqn"
 
 
-@compiled
-def narrow_affine(inputs: np.ndarray, weight: np.ndarray, bias: np.ndarray, outputs: np.ndarray) -> None:
-    """
-    x Wᵀ + b for few features, where a matrix product takes longer to begin than to compute.
-
-    :param inputs: x, shape (B, in_features)
-    :param weight: W, shape (out_features, in_features)
-    :param bias: b, shape (out_features,)
-    :param outputs: Where it is written, shape (B, out_features)
-    """
-    n_features, n_outputs = inputs.shape[1], weight.shape[0]
-    transposed = weight.T.copy()
-    by_fours = n_features // 4 * 4
-    for i in range(inputs.shape[0]):
-        output = outputs[i]
-        for j in range(n_outputs):
-            output[j] = bias[j]
-        for k in range(0, by_fours, 4):
-            x_0, x_1, x_2, x_3 = inputs[i, k], inputs[i, k + 1], inputs[i, k + 2], inputs[i, k + 3]
-            for j in range(n_outputs):
-                output[j] += (
-                    x_0 * transposed[k, j]
-                    + x_1 * transposed[k + 1, j]
-                    + x_2 * transposed[k + 2, j]
-                    + x_3 * transposed[k + 3, j]
-                )
-        for k in range(by_fours, n_features):
-            x_0 = inputs[i, k]
-            for j in range(n_outputs):
-                output[j] += x_0 * transposed[k, j]
+# --- The matrix product -----------------------------------------------------------------------------------------------------
 
 
-@compiled
-def narrow_weight_gradient(inputs: np.ndarray, gradient: np.ndarray, weight_gradient: np.ndarray) -> None:
-    """
-    The gradient of W in x Wᵀ + b for few features.
+class Registers(NamedTuple):
+    """The registers for several numbers at once that a core has."""
 
-    :param inputs: x, shape (B, in_features)
-    :param gradient: The gradient of x Wᵀ + b, shape (B, out_features)
-    :param weight_gradient: Where it is written, shape (out_features, in_features)
+    n_bytes: int
+    number: int
+
+
+def registers() -> Registers:
     """
-    n_rows, n_features = inputs.shape
-    n_outputs = gradient.shape[1]
-    transposed = np.zeros((n_features, n_outputs), inputs.dtype)
-    by_fours = n_rows // 4 * 4
-    for i in range(0, by_fours, 4):
-        g_0, g_1, g_2, g_3 = gradient[i], gradient[i + 1], gradient[i + 2], gradient[i + 3]
-        for k in range(n_features):
-            x_0, x_1, x_2, x_3 = inputs[i, k], inputs[i + 1, k], inputs[i + 2, k], inputs[i + 3, k]
-            total = transposed[k]
-            for j in range(n_outputs):
-                total[j] += x_0 * g_0[j] + x_1 * g_1[j] + x_2 * g_2[j] + x_3 * g_3[j]
-    for i in range(by_fours, n_rows):
-        g_0 = gradient[i]
-        for k in range(n_features):
-            x_0, total = inputs[i, k], transposed[k]
-            for j in range(n_outputs):
-                total[j] += x_0 * g_0[j]
-    for j in range(n_outputs):
-        for k in range(n_features):
-            weight_gradient[j, k] = transposed[k, j]
+    Those of this processor.
+
+    :return: What Numba compiles for: the processor at hand, or what ``NUMBA_CPU_FEATURES`` says
+    """
+    config: Any = numba.config
+    features = _features_of_this_processor() if config.CPU_NAME is None else set((config.CPU_FEATURES or "").split(","))
+    if "+avx512f" in features:
+        return Registers(64, 32)
+    return Registers(32, 16) if "+avx" in features else Registers(16, 32 if "+neon" in features else 16)
+
+
+def _features_of_this_processor() -> set[str]:
+    try:
+        return {f"+{name}" for name, is_there in binding.get_host_cpu_features().items() if is_there}
+    except RuntimeError:  # LLVM does not know how to ask
+        return set()
+
+
+REGISTERS = registers()
+#: A tile of a product is so many rows of two registers each, which leaves some of them for the factors.
+TILE_ROWS = 8 if REGISTERS.number == 32 else 6
+TILE_REGISTERS = 2
+
+
+def _tile_of(n_rows: int) -> Any:
+    """A function that computes one tile of a b + bias; Numba by itself would write each sum to memory after each addend."""
+
+    @intrinsic
+    def tile(_: Any, a: Any, row: Any, b: Any, column: Any, bias: Any, out: Any) -> Any:
+        return types.void(a, row, b, column, bias, out), partial(_build_tile, n_rows)
+
+    return tile
+
+
+def _build_tile(n_rows: int, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """The instructions of a tile: for each k, a column of ``a`` times a row of ``b``, with all sums in registers."""
+    a, b, bias, out = (make_array(signature.args[i])(context, builder, value=arguments[i]) for i in (0, 2, 4, 5))
+    row, column = arguments[1], arguments[3]
+    number = context.get_value_type(signature.args[5].dtype)
+    n_bytes = context.get_abi_sizeof(number)
+    vector = ir.VectorType(number, REGISTERS.n_bytes // n_bytes)
+    in_one_place = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
+
+    def place(array: Any, kind: Any, *indices: Any) -> Any:
+        address = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides), strict=True):
+            address = builder.gep(address, [builder.mul(index, stride)])
+        return builder.bitcast(address, kind.as_pointer())
+
+    def plus(index: Any, summand: int) -> Any:
+        return builder.add(index, ir.Constant(index.type, summand))
+
+    rows = [plus(row, i) for i in range(n_rows)]
+    columns = [plus(column, i * vector.count) for i in range(TILE_REGISTERS)]
+    start = [builder.load(place(bias, vector, column), align=n_bytes) for column in columns]
+    sums = [[cgutils.alloca_once_value(builder, value) for value in start] for _ in rows]
+    with cgutils.for_range(builder, cgutils.unpack_tuple(builder, b.shape)[0]) as k:
+        of_b = [builder.load(place(b, vector, k.index, column), align=n_bytes) for column in columns]
+        for row, sums_of_row in zip(rows, sums, strict=True):
+            factor = builder.load(place(a, number, row, k.index), align=n_bytes)
+            first = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
+            factors = builder.shuffle_vector(first, vector(ir.Undefined), in_one_place)
+            for total, numbers in zip(sums_of_row, of_b, strict=True):
+                product = builder.fmul(factors, numbers, flags=("contract",))
+                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+    for row, sums_of_row in zip(rows, sums, strict=True):
+        for column, total in zip(columns, sums_of_row, strict=True):
+            builder.store(builder.load(total), place(out, vector, row, column), align=n_bytes)
+    return context.get_dummy_value()
+
+
+_tile, _tile_of_one_row = _tile_of(TILE_ROWS), _tile_of(1)
+
+
+@compiled_once
+def multiply(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    """
+    a b + bias. A row of the result does not depend on which other rows there are.
+
+    :param a: shape (n, k), in any layout
+    :param b: shape (k, m)
+    :param bias: Added to each row, shape (m,)
+    :param out: Where it is written, shape (n, m); none of the others
+    """
+    n_rows, n_columns = out.shape
+    tile_columns = TILE_REGISTERS * REGISTERS.n_bytes // out.itemsize
+    if n_columns < tile_columns:
+        _multiply_few_columns(a, b, bias, out)
+        return
+    for begin in range(0, n_columns, tile_columns):
+        column = min(begin, n_columns - tile_columns)  # the last tiles may lie over those before them
+        if n_rows < TILE_ROWS:
+            for row in range(n_rows):
+                _tile_of_one_row(a, row, b, column, bias, out)
+        else:
+            for begin_row in range(0, n_rows, TILE_ROWS):
+                _tile(a, min(begin_row, n_rows - TILE_ROWS), b, column, bias, out)
+
+
+@compiled_once
+def _multiply_few_columns(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    for i in range(out.shape[0]):
+        row = out[i]
+        for j in range(row.size):
+            row[j] = bias[j]
+        for k in range(b.shape[0]):
+            factor = a[i, k]
+            for j in range(row.size):
+                row[j] += factor * b[k, j]
+
+
+@compiled_once
+def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """
+    A matrix whose rows are another's columns.
+
+    :param matrix: shape (n, m)
+    :param out: Where it is written, shape (m, n)
+    """
+    n_rows, n_columns = matrix.shape
+    by_blocks = n_rows // 32 * 32
+    for begin in range(0, by_blocks, 32):  # so that the lines of memory that are read stay in the cache for the next columns
+        for j in range(n_columns):
+            row = out[j]
+            for i in range(begin, begin + 32):
+                row[i] = matrix[i, j]
+    for i in range(by_blocks, n_rows):
+        for j in range(n_columns):
+            out[j, i] = matrix[i, j]
+
+
+# --- The layers -------------------------------------------------------------------------------------------------------------
 
 
 @compiled
@@ -160,39 +273,6 @@ def normalise_and_activate(
             normalised = centred[j] * rstd * weight[j] + bias[j]
             activation[j] = normalised if normalised > 0 else normalised * negative_slope
         means[i], rstds[i] = mean, rstd
-
-
-@compiled
-def hidden_layer_of_one(
-    inputs: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    norm_weight: np.ndarray,
-    norm_bias: np.ndarray,
-    epsilon: float,
-    negative_slope: float,
-    activations: np.ndarray,
-) -> None:
-    """
-    Linear → LayerNorm → LeakyReLU (L6) of one observation.
-
-    :param inputs: x, shape (1, in_features)
-    :param weight: W, shape (n, in_features)
-    :param bias: b, shape (n,)
-    :param norm_weight: LayerNorm's weight, shape (n,)
-    :param norm_bias: LayerNorm's bias, shape (n,)
-    :param epsilon: What LayerNorm adds to the variance
-    :param negative_slope: LeakyReLU's slope below 0, at least 0
-    :param activations: Where the result is written, shape (1, n)
-    """
-    observation, activation = inputs[0], activations[0]
-    for j in range(weight.shape[0]):
-        row, output = weight[j], bias[j]
-        for k in range(row.size):
-            output += observation[k] * row[k]
-        activation[j] = output
-    mean, rstd = np.empty(1, weight.dtype), np.empty(1, weight.dtype)
-    normalise_and_activate(activations, norm_weight, norm_bias, epsilon, negative_slope, activations, mean, rstd)
 
 
 @compiled
@@ -312,6 +392,215 @@ def squared_td_error_backward(
             action_weight_gradient[j] += of_q_value * row[j]
 
 
+# --- The network ------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def hidden_layer(
+    layer: "CompiledLayer",
+    inputs: np.ndarray,
+    transposed_weight: np.ndarray,
+    outputs: np.ndarray,
+    activations: np.ndarray,
+    means: np.ndarray,
+    rstds: np.ndarray,
+) -> None:
+    """
+    Linear → LayerNorm → LeakyReLU (L6).
+
+    :param layer: Its parameters
+    :param inputs: x, shape (B, in_features)
+    :param transposed_weight: Where Wᵀ is written, shape (in_features, n)
+    :param outputs: Where x Wᵀ + b is written, shape (B, n)
+    :param activations: Where the result is written, shape (B, n); may be ``outputs``
+    :param means: Where the mean of each row is written, shape (B,)
+    :param rstds: Where 1 / standard deviation of each row is written, shape (B,)
+    """
+    transpose(layer.weight, transposed_weight)
+    multiply(inputs, transposed_weight, layer.bias, outputs)
+    normalise_and_activate(
+        outputs, layer.norm_weight, layer.norm_bias, layer.epsilon, layer.negative_slope, activations, means, rstds
+    )
+
+
+@compiled
+def hidden_layer_backward(
+    layer: "CompiledLayer", gradients: "CompiledLayer", inputs: np.ndarray, kept: "Workspace", gradient: np.ndarray
+) -> None:
+    """
+    The gradients of the parameters of Linear → LayerNorm → LeakyReLU.
+
+    :param layer: The parameters
+    :param gradients: Where their gradients are written
+    :param inputs: x, shape (B, in_features)
+    :param kept: Of the forward pass
+    :param gradient: The gradient of the activations, shape (B, n); overwritten by that of x Wᵀ + b
+    """
+    normalise_and_activate_backward(
+        gradient,
+        kept.outputs,
+        kept.activations,
+        kept.means,
+        kept.rstds,
+        layer.norm_weight,
+        layer.negative_slope,
+        gradients.norm_weight,
+        gradients.norm_bias,
+        gradients.bias,
+    )
+    n_outputs, n_inputs = layer.weight.shape
+    if n_inputs < n_outputs:  # so that the rows of the product are the longer ones
+        transposed = np.empty((n_inputs, n_outputs), inputs.dtype)
+        multiply(inputs.T, gradient, np.zeros(n_outputs, inputs.dtype), transposed)
+        transpose(transposed, gradients.weight)
+    else:
+        multiply(gradient.T, inputs, np.zeros(n_inputs, inputs.dtype), gradients.weight)
+
+
+@compiled
+def q_values(head: "CompiledHead", features: np.ndarray) -> np.ndarray:
+    """
+    Q(s, ·).
+
+    :param head: Its layers
+    :param features: What the encoder gives, shape (B, features_dim)
+    :return: Q values, shape (B, |A|)
+    """
+    n_rows = len(features)
+    means, rstds = np.empty(n_rows, features.dtype), np.empty(n_rows, features.dtype)
+    for layer in head.hidden_layers:
+        n_outputs, n_inputs = layer.weight.shape
+        transposed_weight = np.empty((n_inputs, n_outputs), features.dtype)
+        outputs = np.empty((n_rows, n_outputs), features.dtype)
+        hidden_layer(layer, features, transposed_weight, outputs, outputs, means, rstds)
+        features = outputs
+    result = np.empty((n_rows, len(head.final_bias)), features.dtype)
+    final_layer(features, head.final_weight, head.final_bias, result)
+    return result
+
+
+@compiled
+def q_values_of_one(head: "CompiledHead", features: np.ndarray) -> np.ndarray:
+    """
+    Q(s, ·) of one observation: there are too few numbers for a matrix product.
+
+    :param head: Its layers
+    :param features: What the encoder gives, shape (1, features_dim)
+    :return: Q values, shape (1, |A|)
+    """
+    mean, rstd = np.empty(1, features.dtype), np.empty(1, features.dtype)
+    for layer in head.hidden_layers:
+        outputs = np.empty((1, len(layer.bias)), features.dtype)
+        final_layer(features, layer.weight, layer.bias, outputs)
+        normalise_and_activate(
+            outputs, layer.norm_weight, layer.norm_bias, layer.epsilon, layer.negative_slope, outputs, mean, rstd
+        )
+        features = outputs
+    result = np.empty((1, len(head.final_bias)), features.dtype)
+    final_layer(features, head.final_weight, head.final_bias, result)
+    return result
+
+
+@compiled
+def squared_td_error_gradients(
+    head: "CompiledHead",
+    gradients: "CompiledHead",
+    workspaces: "tuple[Workspace, ...]",
+    features: np.ndarray,
+    actions: np.ndarray,
+    targets: np.ndarray,
+    q_values: np.ndarray,
+    features_gradient: np.ndarray,
+) -> None:
+    """
+    The gradient of the mean of (Q(s, a, θ) − target)² (L12).
+
+    :param head: Q's layers
+    :param gradients: Where the gradients of their parameters are written
+    :param workspaces: Memory for each hidden layer
+    :param features: What the encoder gives for s, shape (B, features_dim)
+    :param actions: a, shape (B, 1)
+    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (B, 1)
+    :param q_values: Where Q(s, ·, θ) is written, shape (B, |A|)
+    :param features_gradient: Where the gradient of the features is written, shape (B, features_dim), or (0, …) for nowhere
+    :raises IndexError: if an action is none of the environment's
+    """
+    inputs = features
+    for layer, kept in zip(head.hidden_layers, workspaces):  # noqa: B905 Numba does not know strict
+        hidden_layer(layer, inputs, kept.transposed_weight, kept.outputs, kept.activations, kept.means, kept.rstds)
+        inputs = kept.activations
+    final_layer(inputs, head.final_weight, head.final_bias, q_values)
+
+    last = len(workspaces) - 1
+    squared_td_error_backward(
+        inputs,
+        head.final_weight,
+        q_values,
+        actions,
+        targets,
+        workspaces[last].gradient,
+        gradients.final_weight,
+        gradients.final_bias,
+    )
+    for i in range(last, -1, -1):
+        layer, gradient = head.hidden_layers[i], workspaces[i].gradient
+        inputs = workspaces[i - 1].activations if i > 0 else features
+        hidden_layer_backward(layer, gradients.hidden_layers[i], inputs, workspaces[i], gradient)
+        of_inputs = workspaces[i - 1].gradient if i > 0 else features_gradient
+        if len(of_inputs) > 0:
+            multiply(gradient, layer.weight, np.zeros(layer.weight.shape[1], features.dtype), of_inputs)
+
+
+@compiled
+def td_metrics(q_values: np.ndarray, actions: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
+    """
+    What is logged of a batch.
+
+    :param q_values: Q(s, ·, θ), shape (B, |A|)
+    :param actions: a, shape (B, 1)
+    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (B, 1)
+    :return: The mean of (Q(s, a, θ) − target)², of Q(s, a, θ) and of the targets
+    """
+    zero = q_values.dtype.type(0)
+    loss, q_value, target = zero, zero, zero
+    for i in range(len(actions)):
+        of_action = q_values[i, actions[i, 0]]
+        loss += (of_action - targets[i, 0]) * (of_action - targets[i, 0])
+        q_value += of_action
+        target += targets[i, 0]
+    return loss / len(actions), q_value / len(actions), target / len(actions)
+
+
+@compiled
+def td_targets(
+    head: "CompiledHead", next_features: np.ndarray, rewards: np.ndarray, dones: np.ndarray, gamma: float, begin: int, end: int
+) -> np.ndarray:
+    """
+    The targets (L12) of some transitions: r + ¬d γ max_a' Q(s', a', ψ).
+
+    :param head: ψ's layers
+    :param next_features: What the encoder gives for s', shape (n, features_dim)
+    :param rewards: r, shape (n, 1)
+    :param dones: d, shape (n, 1)
+    :param gamma: γ
+    :param begin: The first of them
+    :param end: The one behind the last
+    :return: Targets, shape (end − begin, 1)
+    """
+    next_q_values = q_values(head, next_features[begin:end])
+    targets, discount = np.empty((end - begin, 1), rewards.dtype), rewards.dtype.type(gamma)
+    for i in range(end - begin):
+        largest = next_q_values[i, 0]
+        for action in range(1, next_q_values.shape[1]):
+            # a NaN is not to be lost
+            largest = next_q_values[i, action] if not next_q_values[i, action] <= largest else largest
+        targets[i, 0] = rewards[begin + i, 0] + (1 - dones[begin + i, 0]) * discount * largest
+    return targets
+
+
+# --- The optimizer ----------------------------------------------------------------------------------------------------------
+
+
 @compiled
 def squared_norm(gradient: np.ndarray) -> float:
     """
@@ -327,16 +616,30 @@ def squared_norm(gradient: np.ndarray) -> float:
 
 
 @compiled
+def clip(gradient: np.ndarray, gradient_norm: float, max_grad_norm: float) -> None:
+    """
+    What PyTorch's ``clip_grad_norm_`` does.
+
+    :param gradient: The gradient of θ, flat; scaled where it is too large
+    :param gradient_norm: Its norm
+    :param max_grad_norm: Largest norm; ∞ for no clipping
+    """
+    scale = max_grad_norm / (gradient_norm + 1e-6)
+    if scale < 1:
+        factor = gradient.dtype.type(scale)
+        for i in range(gradient.size):
+            gradient[i] *= factor
+
+
+@compiled
 def adam_step(
     theta: np.ndarray,
     gradient: np.ndarray,
     first_moment: np.ndarray,
     second_moment: np.ndarray,
-    complement_1: float,
-    beta_2: float,
-    complement_2: float,
-    step_size: float,
-    root_correction: float,
+    count: int,
+    learning_rate: float,
+    betas: tuple[float, float],
     epsilon: float,
 ) -> None:
     """
@@ -346,17 +649,79 @@ def adam_step(
     :param gradient: The gradient of θ
     :param first_moment: m; changed
     :param second_moment: v; changed
-    :param complement_1: 1 − β₁, which has more digits than a difference of numbers of θ's type
-    :param beta_2: β₂
-    :param complement_2: 1 − β₂
-    :param step_size: Learning rate / (1 − β₁ᵗ)
-    :param root_correction: 1 / √(1 − β₂ᵗ)
+    :param count: t, from 1
+    :param learning_rate: Learning rate
+    :param betas: β₁ and β₂
     :param epsilon: ϵ
     """
+    number = theta.dtype.type
+    beta_1, beta_2 = betas
+    # in float64 until here: 1 − β₂ has more digits than a difference of numbers of θ's type
+    complement_1, complement_2, factor_2 = number(1 - beta_1), number(1 - beta_2), number(beta_2)
+    step_size, root_correction = number(learning_rate / (1 - beta_1**count)), number((1 - beta_2**count) ** -0.5)
+    small = number(epsilon)
     for i in range(theta.size):
         first_moment[i] += complement_1 * (gradient[i] - first_moment[i])
-        second_moment[i] = beta_2 * second_moment[i] + complement_2 * gradient[i] * gradient[i]
-        theta[i] -= step_size * first_moment[i] / (math.sqrt(second_moment[i]) * root_correction + epsilon)
+        second_moment[i] = factor_2 * second_moment[i] + complement_2 * gradient[i] * gradient[i]
+        theta[i] -= step_size * first_moment[i] / (math.sqrt(second_moment[i]) * root_correction + small)
+
+
+@compiled
+def gradient_steps(
+    head: "CompiledHead",
+    gradients: "CompiledHead",
+    workspaces: "tuple[Workspace, ...]",
+    theta: np.ndarray,
+    gradient: np.ndarray,
+    first_moment: np.ndarray,
+    second_moment: np.ndarray,
+    count: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    max_grad_norm: float,
+    features: np.ndarray,
+    actions: np.ndarray,
+    targets: np.ndarray,
+    metrics: np.ndarray,
+) -> None:
+    """
+    Gradient steps on the mean of (Q(s, a, θ) − target)² (L12), one for each batch.
+
+    :param head: As for :func:`squared_td_error_gradients`
+    :param gradients: As for :func:`squared_td_error_gradients`
+    :param workspaces: As for :func:`squared_td_error_gradients`, for B rows
+    :param theta: As for :func:`adam_step`; the head's parameters are views of it
+    :param gradient: As for :func:`adam_step`; the gradients are views of it
+    :param first_moment: As for :func:`adam_step`
+    :param second_moment: As for :func:`adam_step`
+    :param count: As for :func:`adam_step`, of the first of them
+    :param learning_rate: As for :func:`adam_step`
+    :param betas: As for :func:`adam_step`
+    :param epsilon: As for :func:`adam_step`
+    :param max_grad_norm: As for :func:`clip`
+    :param features: s of one batch after the other, shape (n · B, features_dim)
+    :param actions: a, shape (n · B, 1)
+    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (n · B, 1)
+    :param metrics: Where the loss, the mean Q(s, a, θ), the mean target and ‖gradient‖ of each step are written, shape (n, 4)
+    :raises IndexError: if an action is none of the environment's; nothing is changed then
+    """
+    n_actions, n_steps = len(head.final_bias), len(metrics)
+    for i in range(len(actions)):
+        if actions[i, 0] < 0 or actions[i, 0] >= n_actions:
+            raise IndexError
+    batch_size = len(actions) // n_steps
+    q_values = np.empty((batch_size, n_actions), features.dtype)
+    for step in range(n_steps):
+        begin, end = step * batch_size, (step + 1) * batch_size
+        squared_td_error_gradients(
+            head, gradients, workspaces, features[begin:end], actions[begin:end], targets[begin:end], q_values, features[:0]
+        )
+        metrics[step, :3] = td_metrics(q_values, actions[begin:end], targets[begin:end])
+        gradient_norm = math.sqrt(squared_norm(gradient))
+        metrics[step, 3] = gradient_norm
+        clip(gradient, gradient_norm, max_grad_norm)
+        adam_step(theta, gradient, first_moment, second_moment, count + step, learning_rate, betas, epsilon)
 
 
 def is_compiling() -> bool:
@@ -369,21 +734,22 @@ def is_compiling() -> bool:
     return not numba.config.DISABLE_JIT and hasattr(adam_step, "py_func")  # type: ignore[attr-defined]
 
 
-def compile_for(dtype: Any) -> None:
+def compile_for(head: "CompiledHead", workspaces: "tuple[Workspace, ...]") -> None:
     """
-    Compile all functions, or read them from the disk, for arrays of a type.
+    Compile what is called for a head, or read it from the disk.
 
-    :param dtype: ``np.float32`` or ``np.float64``
+    :param head: The head, whose numbers are overwritten
+    :param workspaces: Memory for each hidden layer, for one row
     :raises Exception: whatever Numba raises if it cannot, for instance because the disk is full or what is on it is damaged
     """
-    number, row, matrix = dtype(0.5), np.ones(1, dtype), np.ones((1, 1), dtype)
-    norm = (row, row, number, number)
-    narrow_affine(matrix, matrix, row, matrix)
-    narrow_weight_gradient(matrix, matrix, matrix)
-    hidden_layer_of_one(matrix, matrix, row, *norm, matrix)
-    normalise_and_activate(matrix, *norm, matrix, row, row)
-    normalise_and_activate_backward(matrix, matrix, matrix, row, row, row, number, row, row, row)
-    final_layer(matrix, matrix, row, matrix)
-    squared_td_error_backward(matrix, matrix, matrix, np.zeros((1, 1), np.int64), matrix, matrix, matrix, row)
+    dtype = head.final_weight.dtype.type
+    row, features = np.zeros(1, dtype), np.zeros((1, head.hidden_layers[0].weight.shape[1]), dtype)
+    actions, targets = np.zeros((1, 1), np.int64), np.zeros((1, 1), dtype)
+    adam = (row, row, row, row, 1, 0.0, (0.0, 0.0), 0.0)
+    q_values(head, features)
+    q_values_of_one(head, features)
+    squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets, features)
     squared_norm(row)
-    adam_step(row, row, row, row, number, number, number, number, number, number)
+    adam_step(*adam)
+    td_targets(head, features, targets, targets, 0.0, 0, 1)
+    gradient_steps(head, head, workspaces, *adam, np.inf, features, actions, targets, np.zeros((1, 4), dtype))

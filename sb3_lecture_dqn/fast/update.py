@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter, is_
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch as th
 from gymnasium import spaces
@@ -50,8 +50,16 @@ MODELESS_MODULES = (
     nn.ReLU,
 )
 
-#: Gives the targets of some rows of what was drawn, shape (n, 1); two are equal if they compute the same.
-TargetsOf = Callable[["FastUpdate", ReplayBufferSamples, slice], th.Tensor]
+
+class TargetsOf(Protocol):
+    """Gives the targets of some rows of what was drawn, shape (n, 1); two are equal if they compute the same."""
+
+    @property
+    def gamma(self) -> float:
+        """γ, where the transitions have no discounts of their own."""
+
+    def __call__(self, fast_update: "FastUpdate", samples: ReplayBufferSamples, rows: slice, /) -> th.Tensor:
+        """The targets of these rows."""
 
 
 def rows_of(observations: Any, rows: slice) -> Any:
@@ -295,14 +303,18 @@ class FastUpdate:
     def _targets(
         self, targets_of: Callable[[slice], th.Tensor], n_updates: int, batch_size: int
     ) -> Iterator[Callable[[], th.Tensor]]:
-        """The targets of each batch: of the first one, which the steps wait for, and of the others ahead."""
+        """The targets of each batch."""
+        parts = self._parts(n_updates, batch_size)
+        tasks = self.second_thread.in_advance([partial(targets_of, part) for part in parts], Work.TARGETS)
+        numbers = ((part.stop - part.start) // batch_size for part in parts)
+        return (partial(_batch_of, task, batch_size, i) for task, n in zip(tasks, numbers, strict=True) for i in range(n))
+
+    def _parts(self, n_updates: int, batch_size: int) -> list[slice]:
+        """Rows whose targets are computed at once: of the first batch, which the steps wait for, and of the others ahead."""
         rows_ahead = batch_size if self.needs_training_mode else self.rows_ahead
         starts = [0, *range(1, n_updates, max(rows_ahead // batch_size, 1))]
         ends = [*starts[1:], n_updates]
-        parts = [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
-        targets = self.second_thread.in_advance([partial(targets_of, part) for part in parts], Work.TARGETS)
-        tasks = zip(targets, starts, ends, strict=True)
-        return (partial(_batch_of, task, batch_size, i) for task, start, end in tasks for i in range(end - start))
+        return [slice(start * batch_size, end * batch_size) for start, end in zip(starts, ends, strict=True)]
 
     def _step(
         self, inputs: Any, selection: th.Tensor, batch_targets: Callable[[], th.Tensor], max_grad_norm: float | None
