@@ -37,7 +37,6 @@ from sb3_lecture_dqn.envs import GymVectorVecEnv
 from sb3_lecture_dqn.fast import kernels, threads
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.adam import FlatAdam
-from sb3_lecture_dqn.fast.compiled_head import KeptLayer, Workspace
 from sb3_lecture_dqn.fast.graph import Capturer, capture
 from sb3_lecture_dqn.fast.head import forward
 from sb3_lecture_dqn.fast.products import ONEDNN_LINEAR
@@ -83,10 +82,10 @@ def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
     samples = model._sample_batch(n_steps * batch_size)
     batch = model._sample_batch(batch_size)
     head, targets = update.compiled_head, th.randn(batch_size, 1)
-    workspaces = [Workspace.of(layer, batch_size) for layer in head.hidden_layers]
 
     def q_values() -> th.Tensor:
-        return head.final_layer(head.forward_for_backward(batch.observations, workspaces)[-1].activations)
+        q_values_of_batch: th.Tensor = head.q_values(batch.observations)
+        return q_values_of_batch
 
     def q_values_and_gradient() -> object:
         return update._head_gradients_of(batch.observations, batch.actions, lambda: targets)
@@ -257,10 +256,11 @@ def acting_on_a_dictionary(algorithm: type[Any]) -> float:
 def costs_between_the_products() -> dict[str, float]:
     """What Numba compiles, and PyTorch's operations for the same."""
     update = trained(LectureDQN)._current_fast_update()
-    layer, gradients = (head.hidden_layers[1] for head in (update.compiled_head, update.compiled_gradients))
-    outputs, gradient, overwritten = (th.randn(128, 256) for _ in range(3))
-    _, activations, *means_and_rstds = Workspace.of(layer, 128)
-    kept = KeptLayer(outputs, outputs.numpy(), activations.numpy(), *means_and_rstds)
+    layer = update.compiled_head.hidden_layers[1]
+    outputs, gradient, overwritten, activations = (th.randn(128, 256) for _ in range(4))
+    means, rstds = np.zeros(128, np.float32), np.ones(128, np.float32)
+    settings = layer.norm_weight, layer.norm_bias, layer.epsilon, layer.negative_slope
+    of_parameters = [np.empty(256, np.float32) for _ in range(3)]
     weight, bias = th.from_numpy(layer.norm_weight), th.from_numpy(layer.norm_bias)
     _, *mean_and_rstd = th.native_layer_norm(outputs, [256], weight, bias, 1e-5)
 
@@ -269,15 +269,19 @@ def costs_between_the_products() -> dict[str, float]:
 
     def backward_by_a_kernel() -> None:
         overwritten.copy_(gradient)
-        layer.backward_to_linear(gradients, kept, overwritten.numpy())
+        arrays = (tensor.numpy() for tensor in (overwritten, outputs, activations))
+        of_layer = layer.norm_weight, layer.negative_slope
+        kernels.normalise_and_activate_backward(*arrays, means, rstds, *of_layer, *of_parameters)
 
     def backward() -> None:
         th.ops.aten.leaky_relu_backward.grad_input(gradient, activations, 0.01, True, grad_input=overwritten)
-        settings = ([256], *mean_and_rstd, weight, bias, [True, True, True])
-        th.ops.aten.native_layer_norm_backward.default(overwritten, outputs, *settings)[0].sum(dim=0)
+        arguments = ([256], *mean_and_rstd, weight, bias, [True, True, True])
+        th.ops.aten.native_layer_norm_backward.default(overwritten, outputs, *arguments)[0].sum(dim=0)
 
     return {
-        "LayerNorm and LeakyReLU: a kernel": microseconds(lambda: layer.activate(*kept[1:])),
+        "LayerNorm and LeakyReLU: a kernel": microseconds(
+            lambda: kernels.normalise_and_activate(outputs.numpy(), *settings, activations.numpy(), means, rstds)
+        ),
         "LayerNorm and LeakyReLU: PyTorch's operations": microseconds(activate),
         "their gradient and the bias's: a kernel": microseconds(backward_by_a_kernel),
         "their gradient and the bias's: PyTorch's operations": microseconds(backward),
@@ -325,18 +329,19 @@ def costs_of_adam() -> dict[str, float]:
 def costs_of_products() -> dict[str, float]:
     """The products of a batch of 128 with a layer, by the libraries that there are."""
     inputs, gradient = th.randn(128, 256), th.randn(128, 256)
-    features, weight, narrow = th.randn(128, 8), th.randn(256, 256), th.empty(256, 8)
-    bias, first_weight, outputs = th.randn(256), th.randn(256, 8), th.empty(128, 256)
-    arrays = [tensor.numpy() for tensor in (features, first_weight, bias, outputs)]
-    of_gradient = features.numpy(), gradient.numpy(), narrow.numpy()
+    weight, zeros, outputs = th.randn(256, 256), np.zeros(256, np.float32), np.empty((128, 256), np.float32)
+    weight_gradient = np.empty((256, 256), np.float32)
+
+    def by_a_kernel() -> None:
+        kernels.transpose(weight.numpy(), weight_gradient)
+        kernels.multiply(inputs.numpy(), weight_gradient, zeros, outputs)
+
+    def gradient_by_a_kernel() -> None:
+        kernels.multiply(gradient.numpy().T, inputs.numpy(), zeros, weight_gradient)
+
     costs = {
-        "the product with the first layer, for 8 features: a kernel": microseconds(lambda: kernels.narrow_affine(*arrays)),
-        "the same: MKL": microseconds(lambda: th.addmm(bias, features, first_weight.t())),
-        "the gradient of the first layer's weight: a kernel": microseconds(
-            lambda: kernels.narrow_weight_gradient(*of_gradient)
-        ),
-        "the same: MKL, by itself": microseconds(lambda: th.mm(gradient.t(), features, out=narrow)),
-        "the same: MKL, as its transpose": microseconds(lambda: narrow.t().copy_(th.mm(features.t(), gradient))),
+        "the product with the middle layer: a kernel": microseconds(by_a_kernel),
+        "the gradient of its weight: a kernel": microseconds(gradient_by_a_kernel),
         "the product with the middle layer: MKL": microseconds(lambda: th.mm(inputs, weight.t())),
         "the gradient of its weight: MKL": microseconds(lambda: th.mm(gradient.t(), inputs)),
     }

@@ -1,6 +1,7 @@
-"""What Numba compiles computes what PyTorch computes, and is left out where it does not fit."""
+"""What Numba compiles computes what PyTorch computes, to the same bits in each process, and only where it fits."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,16 +18,20 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.nn import functional
 
 from sb3_lecture_dqn import LectureDQN
-from sb3_lecture_dqn.fast import compiled_update, compiling, kernels
+from sb3_lecture_dqn.fast import compiled_head, compiled_update, compiling, kernels
 from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.adam import FlatAdam
-from sb3_lecture_dqn.fast.compiled_head import FEW_FEATURES
+from sb3_lecture_dqn.fast.compiled_head import CompiledHead
 from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
+from sb3_lecture_dqn.fast.compiling import can_compile
+from sb3_lecture_dqn.fast.head import read_head
 from sb3_lecture_dqn.fast.threads import SMALL_WORK
 from sb3_lecture_dqn.fast.update import FastUpdate
+from sb3_lecture_dqn.lecture_dqn import squared_td_error, td_target
 
 DTYPES = [np.float32, np.float64]
-SIZES = [(1, 1, 1), (5, 3, 2), (8, 4, 16), (130, 33, 7), (13, 7, 257)]
+# rows and columns of a product that are fewer than those of a tile, as many, a few more, and none of these
+SIZES = [(1, 1, 1), (5, 3, 2), (8, 4, 32), (9, 8, 33), (130, 33, 7), (13, 7, 257), (128, 256, 256)]
 
 
 def random(*shape: int, dtype: Any) -> np.ndarray:
@@ -40,14 +45,78 @@ def assert_close(ours: np.ndarray, theirs: th.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_rows", "n_inputs", "n_outputs"), SIZES)
-def test_products_with_few_features_are_pytorchs(n_rows: int, n_inputs: int, n_outputs: int, dtype: Any) -> None:
-    inputs, gradient = random(n_rows, n_inputs, dtype=dtype), random(n_rows, n_outputs, dtype=dtype)
-    weight, bias = random(n_outputs, n_inputs, dtype=dtype), random(n_outputs, dtype=dtype)
-    outputs, weight_gradient = np.full_like(gradient, np.nan), np.full_like(weight, np.nan)
-    kernels.narrow_affine(inputs, weight, bias, outputs)
-    assert_close(outputs, functional.linear(*map(th.from_numpy, (inputs, weight, bias))))
-    kernels.narrow_weight_gradient(inputs, gradient, weight_gradient)
-    assert_close(weight_gradient, th.from_numpy(gradient).T @ th.from_numpy(inputs))
+def test_products_are_pytorchs(n_rows: int, n_inputs: int, n_outputs: int, dtype: Any) -> None:
+    a, b, bias = (random(*shape, dtype=dtype) for shape in ((n_rows, n_inputs), (n_inputs, n_outputs), (n_outputs,)))
+    expected = th.addmm(*map(th.from_numpy, (bias, a, b)))
+    for factor in (a, np.asfortranarray(a)):  # the gradient of a weight has a transpose on its left
+        out = np.full((n_rows, n_outputs), np.nan, dtype)
+        kernels.multiply(factor, b, bias, out)
+        assert_close(out / dtype(n_inputs), expected / n_inputs)
+    transposed = np.full((n_inputs, n_rows), np.nan, dtype)
+    kernels.transpose(a, transposed)
+    np.testing.assert_array_equal(transposed, a.T)
+
+
+@pytest.mark.parametrize("n_columns", [3, 70])
+def test_a_row_of_a_product_does_not_depend_on_the_others(n_columns: int) -> None:
+    a, b, bias = (random(*shape, dtype=np.float32) for shape in ((40, 9), (9, n_columns), (n_columns,)))
+    all_rows, one_row, some_rows = (np.empty((n, n_columns), np.float32) for n in (40, 1, 11))
+    kernels.multiply(a, b, bias, all_rows)
+    kernels.multiply(a[7:8], b, bias, one_row)
+    kernels.multiply(a[5:16], b, bias, some_rows)
+    np.testing.assert_array_equal(one_row, all_rows[7:8])
+    np.testing.assert_array_equal(some_rows, all_rows[5:16])
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ("+avx,+avx2,+avx512f", (64, 32)),
+        ("+sse2,+avx,-avx512f", (32, 16)),
+        ("+neon", (16, 32)),
+        ("+sse2", (16, 16)),
+        (None, (16, 16)),
+    ],
+)
+def test_tiles_are_made_for_the_processor_that_numba_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, features: str | None, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(numba.config, "CPU_NAME", "some")
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+    assert kernels.registers() == expected
+
+
+def test_a_processor_that_llvm_knows_nothing_of_gets_the_smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(numba.config, "CPU_NAME", None)
+    monkeypatch.setattr(kernels.binding, "get_host_cpu_features", refuse)
+    assert kernels.registers() == (16, 16)
+
+
+PRODUCT = """
+import numpy as np
+from sb3_lecture_dqn.fast import kernels
+
+for n_rows, n_inputs, n_outputs in [(3, 5, 40), (9, 8, 33), (128, 64, 64)]:
+    a, b = np.random.default_rng(0).normal(size=(n_rows, n_inputs)), np.ones((n_inputs, n_outputs)) / 3
+    for dtype in (np.float32, np.float64):
+        out = np.empty((n_rows, n_outputs), dtype)
+        kernels.multiply(a.astype(dtype), b.astype(dtype), np.ones(n_outputs, dtype), out)
+        np.testing.assert_allclose(out, a @ b + 1, rtol=1e-5, atol=1e-5)
+print(kernels.REGISTERS.n_bytes)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the features are those of x86 processors")
+@pytest.mark.parametrize(("features", "n_bytes"), [("+sse2", 16), ("+avx", 32)])
+def test_products_are_right_on_smaller_processors(tmp_path: Path, features: str, n_bytes: int) -> None:
+    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", PRODUCT], env={**os.environ, **told}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"{n_bytes}\n"
 
 
 class Layer:
@@ -88,17 +157,82 @@ def test_layer_norm_and_leaky_relu_are_pytorchs_forward_and_backward(n_rows: int
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_inputs", [1, 9, 256])
-def test_a_layer_for_one_observation_is_the_layer_for_several(n_inputs: int, dtype: Any) -> None:
-    layer = Layer(1, 33, dtype, 0.01)
-    inputs, linear = random(1, n_inputs, dtype=dtype), random(33, n_inputs, dtype=dtype)
-    outputs = functional.linear(*map(th.from_numpy, (inputs, linear, layer.bias)))
-    normalised = functional.layer_norm(outputs, [33], th.from_numpy(layer.weight), th.from_numpy(layer.bias), eps=0.1)
-    activations = np.full((1, 33), np.nan, dtype)
-    settings = dtype(0.1), dtype(0.01)
-    kernels.hidden_layer_of_one(inputs, linear, layer.bias, layer.weight, layer.bias, *settings, activations)
-    assert_close(activations, functional.leaky_relu(normalised, 0.01))
+def small_head(dtype: th.dtype, net_arch: list[int]) -> tuple[LectureDQN, CompiledHead]:
+    """A Q network whose numbers are all different, and its arrays."""
+    model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, policy_kwargs={"net_arch": net_arch})
+    model.policy.to(dtype)
+    th.manual_seed(0)
+    for parameter in model.policy.parameters():
+        parameter.data += 0.1 * th.randn_like(parameter)
+    head = read_head(model.q_net_target)
+    assert can_compile(head)
+    assert head is not None
+    return model, CompiledHead.of(head)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+@pytest.mark.parametrize("net_arch", [[33], [256, 256], [40, 7, 64]])
+def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: list[int], dtype: th.dtype) -> None:
+    model, head = small_head(dtype, net_arch)
+    observations = th.randn(19, 4, dtype=dtype)
+    expected = model.q_net_target.q_net(observations)
+    assert_close(head.q_values(observations).numpy(), expected)
+    for observation, q_values in zip(observations, expected, strict=True):
+        assert_close(head.q_values_of_one(observation[None].numpy()), q_values[None])
+
+
+def test_targets_are_the_lectures() -> None:
+    model, head = small_head(th.float64, [33])
+    next_observations, rewards = th.randn(20, 4, dtype=th.float64), th.randn(20, 1, dtype=th.float64)
+    dones = (th.arange(20)[:, None] % 3 == 0).double()
+    arrays = (tensor.numpy() for tensor in (next_observations, rewards, dones))
+    targets = kernels.td_targets(head, *arrays, 0.9, 4, 17)
+    assert_close(targets, td_target(rewards, dones, model.q_net_target.q_net(next_observations), 0.9)[4:17])
+
+
+@pytest.mark.parametrize("action", range(2))
+def test_a_nan_among_the_next_q_values_is_a_nan_in_the_target(action: int) -> None:
+    _, head = small_head(th.float32, [33])
+    head.final_bias[action] = np.nan
+    features, zeros = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
+    assert np.isnan(kernels.td_targets(head, features, zeros, zeros, 0.9, 0, 3)).all()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_gradient_steps_in_one_call_are_those_of_the_plain_path(max_grad_norm: float | None) -> None:
+    plain, _ = small_head(th.float64, [40, 7, 33])
+    compiled, _ = small_head(th.float64, [40, 7, 33])
+    for model in (plain, compiled):
+        model.max_grad_norm, model.metrics_interval = max_grad_norm, 10_000
+    update = CompiledUpdate.for_policy(compiled.policy)
+    assert isinstance(update, CompiledUpdate)
+    assert isinstance(update.adam, CompiledAdam)
+    plain_losses = []
+    for call in range(100):
+        plain.policy.optimizer.param_groups[0]["lr"] = compiled.policy.optimizer.param_groups[0]["lr"] = 1e-3 / (1 + call)
+        th.manual_seed(call)
+        observations, targets = th.randn(5 * 16, 4, dtype=th.float64), th.randn(5 * 16, 1, dtype=th.float64)
+        actions = th.randint(2, (5 * 16, 1))
+        metrics = np.full((5, 4), np.nan)
+        clipping = np.inf if max_grad_norm is None else max_grad_norm
+        update._compiled_steps(observations.numpy(), actions.numpy(), targets.numpy(), clipping, metrics)
+        for step in range(5):
+            rows = slice(step * 16, (step + 1) * 16)
+            q_values = plain.q_net.q_net(observations[rows]).gather(1, actions[rows])
+            loss = squared_td_error(q_values, targets[rows])
+            plain.policy.optimizer.zero_grad()
+            loss.backward()
+            expected = [loss, q_values.mean(), targets[rows].mean(), plain._clip_gradient()]
+            plain.policy.optimizer.step()
+            assert metrics[step] == pytest.approx([each.item() for each in expected], rel=1e-7)
+            plain_losses.append(loss.item())
+    assert plain_losses[-1] < plain_losses[0]
+    pairs = zip(compiled.q_net.parameters(), plain.q_net.parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-9
+    states = [model.policy.optimizer.state_dict()["state"] for model in (compiled, plain)]
+    for ours, theirs in zip(*(state.values() for state in states), strict=True):
+        assert ours["step"] == theirs["step"] == 500
+        assert th.allclose(ours["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,41 +356,36 @@ def test_without_a_compiler_pytorchs_operations_are_used(monkeypatch: pytest.Mon
     assert acting.compiled_head is None
 
 
-def spied(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, ...]]:
-    """The shapes of the first arguments that a kernel gets."""
-    shapes: list[tuple[int, ...]] = []
-    kernel: Callable[..., Any] = getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, lambda first, *rest: (shapes.append(first.shape), kernel(first, *rest))[1])
-    return shapes
-
-
 def test_work_for_several_threads_is_left_to_pytorch_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = spied(monkeypatch, "final_layer")
+    sizes: list[int] = []
+    kernel = kernels.gradient_steps
+    monkeypatch.setattr(kernels, "gradient_steps", lambda *args: (sizes.append(len(args[-2])), kernel(*args))[1])
     model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), learning_starts=0, seed=0)
     most_rows = SMALL_WORK // sum(parameter.numel() for parameter in model.q_net.parameters())
     model.learn(8)
-    for n_threads, batch_size, n_passes in ((2, most_rows, 2), (2, most_rows + 1, 0), (1, most_rows + 1, 2)):
+    for n_threads, batch_size, expected in ((2, most_rows, 1), (2, most_rows + 1, 0), (1, most_rows + 1, 1)):
         th.set_num_threads(n_threads)
-        shapes.clear()
+        sizes.clear()
         model.train(1, batch_size)
-        assert shapes == n_passes * [(batch_size, 256)]
+        assert sizes == expected * [batch_size]
 
 
-@pytest.mark.parametrize("n_features", [FEW_FEATURES, FEW_FEATURES + 1])
-def test_products_with_many_features_are_pytorchs_own(monkeypatch: pytest.MonkeyPatch, n_features: int) -> None:
-    forward, backward = spied(monkeypatch, "narrow_affine"), spied(monkeypatch, "narrow_weight_gradient")
-    kwargs = {"net_arch": [n_features, 5, 40, 6]}
-    model = make_model("vector", fast=True, policy_kwargs=kwargs)
-    plain = make_model("vector", fast=False, policy_kwargs=kwargs)
-    batch = random_batch("vector", np.random.default_rng(0))
-    for each in (model, plain):
-        train_on(each, batch)
-    n_inputs = [5, n_features, 5, 40] if n_features == FEW_FEATURES else [5, 5]
-    few = sorted(n for n in n_inputs if n <= FEW_FEATURES)
-    assert sorted(shape[1] for shape in backward) == few
-    assert sorted(shape[1] for shape in forward) == sorted(2 * few)
-    pairs = zip(model.policy.parameters(), plain.policy.parameters(), strict=True)
-    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-12
+def test_large_weights_are_left_to_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, kind in ((40 * 5, CompiledUpdate), (40 * 5 - 1, FastUpdate)):
+        monkeypatch.setattr(compiled_head, "MOST_WEIGHTS", most)
+        model = make_model("vector", fast=True, policy_kwargs={"net_arch": [40, 5]})
+        train_on(model, random_batch("vector", np.random.default_rng(0)))
+        assert type(model._fast_update) is kind
+
+
+def test_behind_an_encoder_the_rest_of_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("q_values", "squared_td_error_gradients", "squared_norm", "gradient_steps"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, kernel=kernel: (calls.append(name), kernel(*args))[1])
+    model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": GratefulEncoder})
+    train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+    assert calls == ["q_values", "squared_td_error_gradients", "squared_norm"]
 
 
 def test_batches_of_another_size_get_memory_of_their_own() -> None:
@@ -355,7 +484,7 @@ def test_layers_that_do_not_fit_the_kernels_are_left_to_pytorch(change: Callable
     model = make_model("vector", fast=True)
     change(model)
     model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
-    assert not CompiledUpdate.fits(model.policy)
+    assert not all(map(can_compile, map(read_head, (model.q_net, model.q_net_target))))
     acting = FastActing.for_policy(model.policy.float())
     assert acting is not None
     assert (acting.compiled_head is None) == (change is not take_a_target_without_layer_norm)
@@ -404,16 +533,16 @@ def test_many_parameters_are_left_to_pytorchs_adam(monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def undecided() -> Iterator[None]:
     """Whether Numba compiles here is asked anew, and once more afterwards."""
-    compiling.can_compile.cache_clear()
+    compiling._can_compile_for.cache_clear()
     yield
-    compiling.can_compile.cache_clear()
+    compiling._can_compile_for.cache_clear()
 
 
 @pytest.mark.usefixtures("undecided")
 def test_whatever_keeps_numba_from_compiling_a_warning_says_it_once_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def compile_for(_: Any) -> None:
+    def compile_for(*_: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(kernels, "compile_for", compile_for)
@@ -434,6 +563,25 @@ def test_where_nothing_can_be_kept_on_disk_functions_are_compiled_anyway(monkeyp
 
     monkeypatch.setattr(numba, "njit", without_a_folder)
     assert kernels.compiled(lambda number: number + 1)(2) == 3
+
+
+PARAMETERS = """
+import hashlib
+from sb3_lecture_dqn import LectureDQN
+
+model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=40, batch_size=32, seed=0).learn(200)
+print(hashlib.sha256(b"".join(parameter.detach().numpy().tobytes() for parameter in model.policy.parameters())).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_computes_the_same_bits_as_those_that_read_from_the_disk(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", PARAMETERS], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbc"))
+    assert runs[0].stdout == runs[1].stdout
 
 
 TRAINING = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numba
 import pytest
 import torch as th
 from both_paths import copied, largest_difference
@@ -23,6 +24,12 @@ from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
 pytestmark = pytest.mark.skipif(
     products.ONEDNN_LINEAR is None, reason="this build of PyTorch has no oneDNN, so all products are its own"
 )
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's functions multiply by themselves."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
 
 
 @pytest.fixture
@@ -149,6 +156,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("without_a_compiler")
 def test_one_float32_update_by_onednn_agrees_with_the_plain_path_at_100_points_of_a_real_run(
     calls: list[tuple[int, ...]],
 ) -> None:
@@ -179,6 +187,7 @@ def test_a_run_with_automatic_mixed_precision_acts_by_the_policy_itself() -> Non
     model.learn(256, reset_num_timesteps=False)
 
 
+@pytest.mark.usefixtures("without_a_compiler")
 def test_either_thread_computes_the_same_by_onednn(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SecondThread, "trial", 0)
     parameters = []

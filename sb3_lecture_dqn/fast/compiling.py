@@ -18,18 +18,18 @@ def can_compile(head: Head | None) -> bool:
     if head is None or any(layer.layer_norm is None for layer in head.hidden_layers):
         return False
     try:
-        from sb3_lecture_dqn.fast import compiled_head  # it imports Numba
+        from sb3_lecture_dqn.fast import compiled_head, kernels  # they import Numba
     except Exception as error:
         return _warn(error)
-    return compiled_head.is_compilable(head) and _can_compile(head.final_layer.weight.dtype, len(head.hidden_layers))
+    if not kernels.is_compiling() or not compiled_head.is_compilable(head):
+        return False
+    return _can_compile_for(head.final_layer.weight.dtype, len(head.hidden_layers))
 
 
 @cache
-def _can_compile(dtype: th.dtype, n_hidden_layers: int) -> bool:
-    from sb3_lecture_dqn.fast import compiled_head, kernels
+def _can_compile_for(dtype: th.dtype, n_hidden_layers: int) -> bool:
+    from sb3_lecture_dqn.fast import compiled_head
 
-    if not kernels.is_compiling():
-        return False
     try:
         compiled_head.compile_kernels(dtype, n_hidden_layers)
     except Exception as error:

@@ -592,8 +592,9 @@ def td_targets(
     for i in range(end - begin):
         largest = next_q_values[i, 0]
         for action in range(1, next_q_values.shape[1]):
-            # a NaN is not to be lost
-            largest = next_q_values[i, action] if not next_q_values[i, action] <= largest else largest
+            q_value = next_q_values[i, action]
+            if q_value > largest or math.isnan(q_value):
+                largest = q_value
         targets[i, 0] = rewards[begin + i, 0] + (1 - dones[begin + i, 0]) * discount * largest
     return targets
 
