@@ -444,6 +444,15 @@ def test_features_that_the_network_cannot_take_are_pytorchs_errors() -> None:
         acting.greedy_actions(np.zeros((2, 5), np.float32))
 
 
+def test_a_target_network_that_takes_other_features_is_pytorchs_error() -> None:
+    """The kernels would read what lies behind the array."""
+    for fast in (False, True):
+        model = make_model("vector", fast, dtype=th.float32)
+        model.q_net_target.q_net[0] = th.nn.Linear(9, len(model.q_net_target.q_net[0].bias))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
+
+
 def exchange_the_final_layer(model: LectureDQN) -> None:
     model.q_net.q_net[-1] = th.nn.Linear(8, 3, dtype=th.float64)
 

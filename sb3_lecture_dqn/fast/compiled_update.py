@@ -19,8 +19,6 @@ from sb3_lecture_dqn.fast.second_thread import Work
 from sb3_lecture_dqn.fast.update import FastUpdate, StepResults, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
-AdamArguments = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, float, tuple[float, float], float]
-
 #: More parameters are work for several threads, which the kernels do not use.
 MOST_PARAMETERS = 2**20
 
@@ -38,20 +36,21 @@ class CompiledAdam(FlatAdam):
         super().__init__(optimizer, theta, gradient)
         self._arrays = (theta.numpy(), gradient.numpy(), self.first_moment.numpy(), self.second_moment.numpy())
 
-    def for_kernels(self) -> AdamArguments:
+    def for_kernels(self) -> kernels.AdamArguments:
         """
-        What the kernels have to know for the next step.
+        What the kernels have to know, with the present settings.
 
-        :return: θ, its gradient, both moments, the number of this step, learning rate, betas and ϵ
+        :return: Adam's arrays and settings
         """
         group = self.optimizer.param_groups[0]
-        learning_rate, (beta_1, beta_2) = float(group["lr"]), group["betas"]
-        return *self._arrays, int(self.step_count) + 1, learning_rate, (float(beta_1), float(beta_2)), float(group["eps"])
+        beta_1, beta_2 = group["betas"]
+        settings = float(group["lr"]), (float(beta_1), float(beta_2)), float(group["eps"])
+        return kernels.AdamArguments(*self._arrays, *settings)
 
     def step(self) -> None:
         """One step of Adam."""
-        kernels.adam_step(*self.for_kernels())
         self.step_counts += 1
+        kernels.adam_step(self.for_kernels(), int(self.step_count))
 
 
 def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> tuple[th.Tensor, ...]:
@@ -102,14 +101,13 @@ class CompiledUpdate(FastUpdate):
         """
         Gradient steps as :meth:`FastUpdate.steps` makes them; all of a step in one call where there is no encoder.
 
-        :param samples: The transitions of all batches, one batch after the other
-        :param targets_of: Gives the targets of some of the rows
-        :param batch_size: B
-        :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
+        :param samples: As for :meth:`FastUpdate.steps`
+        :param targets_of: As for :meth:`FastUpdate.steps`
+        :param batch_size: As for :meth:`FastUpdate.steps`
+        :param max_grad_norm: As for :meth:`FastUpdate.steps`
         :return: What :meth:`metrics_of` needs
         """
-        assert not isinstance(samples, DrawnRows)  # see takes_drawn_rows
-        if not self._takes(samples):
+        if isinstance(samples, DrawnRows) or not self._takes(samples):
             return super().steps(samples, targets_of, batch_size, max_grad_norm)
         actions = samples.actions.long().contiguous().numpy()
         observations, next_observations, rewards, dones = (
@@ -131,8 +129,9 @@ class CompiledUpdate(FastUpdate):
         if not self.has_vector_observations or not isinstance(self.adam, CompiledAdam) or samples.discounts is not None:
             return False
         observations, next_observations, shape = samples.observations, samples.next_observations, samples.actions.shape
-        are_alike = shape == samples.rewards.shape == samples.dones.shape == (len(observations), 1)
-        return are_alike and observations.shape == next_observations.shape and self.compiled_head.takes(observations.float())
+        if not shape == samples.rewards.shape == samples.dones.shape == (len(observations), 1):
+            return False
+        return self.compiled_head.takes(observations.float()) and self.compiled_target.takes(next_observations.float())
 
     def _compiled_steps(
         self, features: np.ndarray, actions: np.ndarray, targets: np.ndarray, max_grad_norm: float, metrics: np.ndarray
@@ -140,17 +139,9 @@ class CompiledUpdate(FastUpdate):
         assert isinstance(self.adam, CompiledAdam)  # _takes has looked
         workspaces = self._workspaces_for(len(actions) // len(metrics))
         with self._named_actions(actions):
-            kernels.gradient_steps(
-                self.compiled_head,
-                self.compiled_gradients,
-                workspaces,
-                *self.adam.for_kernels(),
-                max_grad_norm,
-                features,
-                actions,
-                targets,
-                metrics,
-            )
+            of_theta, of_adam = (self.compiled_head, self.compiled_gradients, workspaces), self.adam.for_kernels()
+            count = int(self.adam.step_count) + 1
+            kernels.gradient_steps(*of_theta, of_adam, count, max_grad_norm, features, actions, targets, metrics)
         self.adam.step_counts += len(metrics)
 
     @contextmanager

@@ -632,39 +632,37 @@ def clip(gradient: np.ndarray, gradient_norm: float, max_grad_norm: float) -> No
             gradient[i] *= factor
 
 
+class AdamArguments(NamedTuple):
+    """Adam's arrays, which it changes, and its settings."""
+
+    theta: np.ndarray  # θ, flat
+    gradient: np.ndarray  # the gradient of θ
+    first_moment: np.ndarray  # m
+    second_moment: np.ndarray  # v
+    learning_rate: float
+    betas: tuple[float, float]  # β₁ and β₂
+    epsilon: float  # ϵ
+
+
 @compiled
-def adam_step(
-    theta: np.ndarray,
-    gradient: np.ndarray,
-    first_moment: np.ndarray,
-    second_moment: np.ndarray,
-    count: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-) -> None:
+def adam_step(adam: AdamArguments, count: int) -> None:
     """
     A step of Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), in PyTorch's form.
 
-    :param theta: θ, flat; changed
-    :param gradient: The gradient of θ
-    :param first_moment: m; changed
-    :param second_moment: v; changed
+    :param adam: Its arrays and settings
     :param count: t, from 1
-    :param learning_rate: Learning rate
-    :param betas: β₁ and β₂
-    :param epsilon: ϵ
     """
+    theta, gradient, first_moment, second_moment = adam.theta, adam.gradient, adam.first_moment, adam.second_moment
     number = theta.dtype.type
-    beta_1, beta_2 = betas
+    beta_1, beta_2 = adam.betas
     # in float64 until here: 1 − β₂ has more digits than a difference of numbers of θ's type
     complement_1, complement_2, factor_2 = number(1 - beta_1), number(1 - beta_2), number(beta_2)
-    step_size, root_correction = number(learning_rate / (1 - beta_1**count)), number((1 - beta_2**count) ** -0.5)
-    small = number(epsilon)
+    step_size, root_correction = number(adam.learning_rate / (1 - beta_1**count)), number((1 - beta_2**count) ** -0.5)
+    epsilon = number(adam.epsilon)
     for i in range(theta.size):
         first_moment[i] += complement_1 * (gradient[i] - first_moment[i])
         second_moment[i] = factor_2 * second_moment[i] + complement_2 * gradient[i] * gradient[i]
-        theta[i] -= step_size * first_moment[i] / (math.sqrt(second_moment[i]) * root_correction + small)
+        theta[i] -= step_size * first_moment[i] / (math.sqrt(second_moment[i]) * root_correction + epsilon)
 
 
 @compiled
@@ -672,14 +670,8 @@ def gradient_steps(
     head: "CompiledHead",
     gradients: "CompiledHead",
     workspaces: "tuple[Workspace, ...]",
-    theta: np.ndarray,
-    gradient: np.ndarray,
-    first_moment: np.ndarray,
-    second_moment: np.ndarray,
+    adam: AdamArguments,
     count: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
     max_grad_norm: float,
     features: np.ndarray,
     actions: np.ndarray,
@@ -689,17 +681,11 @@ def gradient_steps(
     """
     Gradient steps on the mean of (Q(s, a, θ) − target)² (L12), one for each batch.
 
-    :param head: As for :func:`squared_td_error_gradients`
-    :param gradients: As for :func:`squared_td_error_gradients`
+    :param head: As for :func:`squared_td_error_gradients`; its parameters are views of θ
+    :param gradients: As for :func:`squared_td_error_gradients`; these are views of the gradient of θ
     :param workspaces: As for :func:`squared_td_error_gradients`, for B rows
-    :param theta: As for :func:`adam_step`; the head's parameters are views of it
-    :param gradient: As for :func:`adam_step`; the gradients are views of it
-    :param first_moment: As for :func:`adam_step`
-    :param second_moment: As for :func:`adam_step`
-    :param count: As for :func:`adam_step`, of the first of them
-    :param learning_rate: As for :func:`adam_step`
-    :param betas: As for :func:`adam_step`
-    :param epsilon: As for :func:`adam_step`
+    :param adam: As for :func:`adam_step`
+    :param count: As for :func:`adam_step`, of the first step
     :param max_grad_norm: As for :func:`clip`
     :param features: s of one batch after the other, shape (n · B, features_dim)
     :param actions: a, shape (n · B, 1)
@@ -719,10 +705,10 @@ def gradient_steps(
             head, gradients, workspaces, features[begin:end], actions[begin:end], targets[begin:end], q_values, features[:0]
         )
         metrics[step, :3] = td_metrics(q_values, actions[begin:end], targets[begin:end])
-        gradient_norm = math.sqrt(squared_norm(gradient))
+        gradient_norm = math.sqrt(squared_norm(adam.gradient))
         metrics[step, 3] = gradient_norm
-        clip(gradient, gradient_norm, max_grad_norm)
-        adam_step(theta, gradient, first_moment, second_moment, count + step, learning_rate, betas, epsilon)
+        clip(adam.gradient, gradient_norm, max_grad_norm)
+        adam_step(adam, count + step)
 
 
 def is_compiling() -> bool:
@@ -746,11 +732,11 @@ def compile_for(head: "CompiledHead", workspaces: "tuple[Workspace, ...]") -> No
     dtype = head.final_weight.dtype.type
     row, features = np.zeros(1, dtype), np.zeros((1, head.hidden_layers[0].weight.shape[1]), dtype)
     actions, targets = np.zeros((1, 1), np.int64), np.zeros((1, 1), dtype)
-    adam = (row, row, row, row, 1, 0.0, (0.0, 0.0), 0.0)
+    adam = AdamArguments(row, row, row, row, 0.0, (0.0, 0.0), 0.0)
     q_values(head, features)
     q_values_of_one(head, features)
     squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets, features)
     squared_norm(row)
-    adam_step(*adam)
+    adam_step(adam, 1)
     td_targets(head, features, targets, targets, 0.0, 0, 1)
-    gradient_steps(head, head, workspaces, *adam, np.inf, features, actions, targets, np.zeros((1, 4), dtype))
+    gradient_steps(head, head, workspaces, adam, 1, np.inf, features, actions, targets, np.zeros((1, 4), dtype))
