@@ -181,6 +181,26 @@ def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: l
         assert_close(head.q_values_of_one(observation[None].numpy()), q_values[None])
 
 
+def test_where_arrays_lie_does_not_change_a_bit() -> None:
+    """A small network's are neighbours of others in one run and not in the next."""
+    generator = np.random.default_rng(0)
+    features, targets = random(8, 4, dtype=np.float32), random(8, 1, dtype=np.float32)
+    actions, metrics = np.arange(8)[:, None] % 2, np.empty((1, 4), np.float32)
+    results: set[bytes] = set()
+    kept: list[Any] = []
+    for _ in range(300):
+        model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, buffer_size=10, policy_kwargs={"net_arch": [16]})
+        kept.append([np.empty(size, np.float32) for size in generator.integers(1, 300, size=6)])
+        update = CompiledUpdate.for_policy(model.policy)
+        assert isinstance(update, CompiledUpdate)
+        update._compiled_steps(features.copy(), actions.copy(), targets.copy(), np.inf, metrics)
+        kept.append(update)
+        if len(kept) > 40:
+            del kept[: generator.integers(1, 30)]
+        results.add(update.gradient.numpy().tobytes() + metrics.tobytes())
+    assert len(results) == 1
+
+
 def test_targets_are_the_lectures() -> None:
     model, head = small_head(th.float64, [33])
     next_observations, rewards = th.randn(20, 4, dtype=th.float64), th.randn(20, 1, dtype=th.float64)

@@ -43,7 +43,8 @@ def compiled(function: F) -> F:
     A function compiled when it is first called, and kept on disk for the next process; it runs without Python's lock.
 
     Where another one calls it, its text is put there. Called for itself, it might add in another order in the process that
-    compiles it than in those that read it from the disk.
+    compiles it than in those that read it from the disk. Nor does a loop that adds up numbers write to arrays: LLVM would
+    choose the order by how near these are to what is read, which changes with the addresses.
 
     :param function: The function
     :return: The compiled function
@@ -266,8 +267,9 @@ def normalise_and_activate(
         mean = total * inverse
         squares = outputs.dtype.type(0)
         for j in range(n):
+            squares += (row[j] - mean) * (row[j] - mean)
+        for j in range(n):
             centred[j] = row[j] - mean
-            squares += centred[j] * centred[j]
         rstd = one / math.sqrt(squares * inverse + epsilon)
         for j in range(n):
             normalised = centred[j] * rstd * weight[j] + bias[j]
@@ -310,18 +312,18 @@ def normalise_and_activate_backward(
     linear_bias_gradient[:] = 0
     for i in range(n_rows):
         row, activation, row_gradient, mean, rstd = outputs[i], activations[i], gradient[i], means[i], rstds[i]
-        mean_gradient = outputs.dtype.type(0)
-        mean_product = outputs.dtype.type(0)
         for j in range(n):
             normalised = (row[j] - mean) * rstd
             slope = one if activation[j] > 0 else negative_slope
             of_norm = row_gradient[j] * slope
             bias_gradient[j] += of_norm
             weight_gradient[j] += of_norm * normalised
-            of_normalised = of_norm * weight[j]
-            row_gradient[j] = of_normalised
-            mean_gradient += of_normalised
-            mean_product += of_normalised * normalised
+            row_gradient[j] = of_norm * weight[j]
+        mean_gradient = outputs.dtype.type(0)
+        mean_product = outputs.dtype.type(0)
+        for j in range(n):
+            mean_gradient += row_gradient[j]
+            mean_product += row_gradient[j] * ((row[j] - mean) * rstd)
         mean_gradient *= inverse
         mean_product *= inverse
         for j in range(n):
