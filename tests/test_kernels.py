@@ -178,7 +178,7 @@ def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: l
     expected = model.q_net_target.q_net(observations)
     assert_close(head.q_values(observations).numpy(), expected)
     for observation, q_values in zip(observations, expected, strict=True):
-        assert_close(head.q_values_of_one(observation[None].numpy()), q_values[None])
+        assert_close(head.for_one()(observation[None].numpy()), q_values[None])
 
 
 def test_where_arrays_lie_does_not_change_a_bit() -> None:

@@ -70,6 +70,7 @@ class FastActing:
 
     def _prepare(self) -> None:
         self.compiled_head = self._make_compiled_head()
+        self.q_values_of_one = None if self.compiled_head is None else self.compiled_head.for_one()
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
@@ -157,8 +158,8 @@ class FastActing:
             return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:
-        if self.compiled_head is not None and self.compiled_head.takes(features):
-            return self.compiled_head.q_values_of_one(features)
+        if self.compiled_head is not None and self.q_values_of_one is not None and self.compiled_head.takes(features):
+            return self.q_values_of_one(features)
         features = features[0]
         for layer in self.hidden_layers:
             features = layer.weight.dot(features)

@@ -1,5 +1,7 @@
 """The head of the Q network on the CPU, as the compiled functions of :mod:`sb3_lecture_dqn.fast.kernels` take it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +75,11 @@ class CompiledHead(NamedTuple):
     #: More rows are work for several threads, which the kernels do not use; where there are any.
     most_rows: int
 
+    @property
+    def plain_hidden_layers(self) -> tuple[tuple[Any, ...], ...]:
+        """The hidden layers as tuples without names."""
+        return tuple(map(tuple, self.hidden_layers))
+
     @classmethod
     def of(cls, head: Head) -> "CompiledHead":
         """
@@ -118,14 +125,14 @@ class CompiledHead(NamedTuple):
         """
         return th.from_numpy(kernels.q_values(self, features.contiguous().numpy()))
 
-    def q_values_of_one(self, features: np.ndarray) -> np.ndarray:
+    def for_one(self) -> Callable[[np.ndarray], np.ndarray]:
         """
-        Q(s, ·) of one observation.
+        Q(s, ·) of one observation at a time.
 
-        :param features: What the encoder gives, shape (1, features_dim), for which :meth:`takes` holds
-        :return: Q values, shape (1, |A|)
+        :return: Gives Q values, shape (1, |A|), of features of shape (1, features_dim), for which :meth:`takes` holds
         """
-        return kernels.q_values_of_one(self, np.ascontiguousarray(features))
+        of_one = partial(kernels.q_values_of_one, self.plain_hidden_layers, self.final_weight, self.final_bias)
+        return lambda features: of_one(np.ascontiguousarray(features))
 
 
 def is_compilable(head: Head) -> bool:
