@@ -333,8 +333,7 @@ def costs_of_products() -> dict[str, float]:
     weight_gradient = np.empty((256, 256), np.float32)
 
     def by_a_kernel() -> None:
-        kernels.transpose(weight.numpy(), weight_gradient)
-        kernels.multiply(inputs.numpy(), weight_gradient, zeros, outputs)
+        kernels.multiply_transposed(inputs.numpy(), weight.numpy(), zeros, outputs)
 
     def gradient_by_a_kernel() -> None:
         kernels.multiply(gradient.numpy().T, inputs.numpy(), zeros, weight_gradient)

@@ -31,7 +31,7 @@ from sb3_lecture_dqn.lecture_dqn import squared_td_error, td_target
 
 DTYPES = [np.float32, np.float64]
 # rows and columns of a product that are fewer than those of a tile, as many, a few more, and none of these
-SIZES = [(1, 1, 1), (5, 3, 2), (8, 4, 32), (9, 8, 33), (130, 33, 7), (13, 7, 257), (128, 256, 256)]
+SIZES = [(1, 1, 1), (5, 3, 2), (8, 4, 32), (9, 8, 33), (130, 33, 7), (13, 7, 257), (70, 16, 37), (128, 256, 256)]
 
 
 def random(*shape: int, dtype: Any) -> np.ndarray:
@@ -52,6 +52,9 @@ def test_products_are_pytorchs(n_rows: int, n_inputs: int, n_outputs: int, dtype
         out = np.full((n_rows, n_outputs), np.nan, dtype)
         kernels.multiply(factor, b, bias, out)
         assert_close(out / dtype(n_inputs), expected / n_inputs)
+        of_transpose = np.full((n_rows, n_outputs), np.nan, dtype)
+        kernels.multiply_transposed(factor, np.ascontiguousarray(b.T), bias, of_transpose)
+        np.testing.assert_array_equal(of_transpose, out)
     transposed = np.full((n_inputs, n_rows), np.nan, dtype)
     kernels.transpose(a, transposed)
     np.testing.assert_array_equal(transposed, a.T)
@@ -100,10 +103,12 @@ import numpy as np
 from sb3_lecture_dqn.fast import kernels
 
 for n_rows, n_inputs, n_outputs in [(3, 5, 40), (9, 8, 33), (128, 64, 64)]:
-    a, b = np.random.default_rng(0).normal(size=(n_rows, n_inputs)), np.ones((n_inputs, n_outputs)) / 3
+    a, b = (np.random.default_rng(0).normal(size=shape) for shape in ((n_rows, n_inputs), (n_inputs, n_outputs)))
     for dtype in (np.float32, np.float64):
         out = np.empty((n_rows, n_outputs), dtype)
         kernels.multiply(a.astype(dtype), b.astype(dtype), np.ones(n_outputs, dtype), out)
+        np.testing.assert_allclose(out, a @ b + 1, rtol=1e-5, atol=1e-5)
+        kernels.multiply_transposed(a.astype(dtype), b.T.astype(dtype, order="C"), np.ones(n_outputs, dtype), out)
         np.testing.assert_allclose(out, a @ b + 1, rtol=1e-5, atol=1e-5)
 print(kernels.REGISTERS.n_bytes)
 """

@@ -21,7 +21,6 @@ MOST_WEIGHTS = 2**18
 class Workspace(NamedTuple):
     """Memory of a hidden layer for B observations, which is used again in each step, so that it stays in the cache."""
 
-    transposed_weight: np.ndarray  # shape (in_features, n)
     outputs: np.ndarray  # the Linear's, shape (B, n)
     activations: np.ndarray  # shape (B, n)
     gradient: np.ndarray  # of the activations, shape (B, n)
@@ -61,8 +60,7 @@ class CompiledLayer(NamedTuple):
         :param n_rows: B
         :return: The memory
         """
-        n_outputs, n_inputs = self.weight.shape
-        shapes: list[tuple[int, ...]] = [(n_inputs, n_outputs), *3 * [(n_rows, n_outputs)], *2 * [(n_rows,)]]
+        shapes: list[tuple[int, ...]] = [*3 * [(n_rows, len(self.bias))], *2 * [(n_rows,)]]
         return Workspace(*(np.empty(shape, self.weight.dtype) for shape in shapes))
 
 

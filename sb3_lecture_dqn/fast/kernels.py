@@ -122,42 +122,48 @@ TILE_ROWS = 8 if REGISTERS.number == 32 else 6
 TILE_REGISTERS = 2
 
 
+def _vector_of(context: Any, number: Any) -> Any:
+    """The type of a register full of numbers."""
+    return ir.VectorType(number, REGISTERS.n_bytes // context.get_abi_sizeof(number))
+
+
+def _place(builder: Any, array: Any, kind: Any, *indices: Any) -> Any:
+    """Where an element of an array is, as the address of what is read there or written."""
+    address = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+    for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides), strict=True):
+        address = builder.gep(address, [builder.mul(index, stride)])
+    return builder.bitcast(address, kind.as_pointer())
+
+
+def _places_behind(builder: Any, index: Any, number: int, step: int = 1) -> list[Any]:
+    """So many indices: this one, and those behind it."""
+    return [builder.add(index, ir.Constant(index.type, i * step)) for i in range(number)]
+
+
 def _tile_of(n_rows: int) -> Any:
-    """A function that computes one tile of a b + bias; Numba by itself would write each sum to memory after each addend."""
+    """A function that computes some rows of a b + bias; Numba by itself would write each sum to memory after each addend."""
 
     @intrinsic
-    def tile(_: Any, a: Any, row: Any, b: Any, column: Any, bias: Any, out: Any) -> Any:
-        return types.void(a, row, b, column, bias, out), partial(_build_tile, n_rows)
+    def tile(_: Any, a: Any, row: Any, b: Any, bias: Any, out: Any) -> Any:
+        return types.void(a, row, b, bias, out), partial(_build_tile, n_rows)
 
     return tile
 
 
 def _build_tile(n_rows: int, context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     """The instructions of a tile: for each k, a column of ``a`` times a row of ``b``, with all sums in registers."""
-    a, b, bias, out = (make_array(signature.args[i])(context, builder, value=arguments[i]) for i in (0, 2, 4, 5))
-    row, column = arguments[1], arguments[3]
-    number = context.get_value_type(signature.args[5].dtype)
-    n_bytes = context.get_abi_sizeof(number)
-    vector = ir.VectorType(number, REGISTERS.n_bytes // n_bytes)
+    a, b, bias, out = (make_array(signature.args[i])(context, builder, value=arguments[i]) for i in (0, 2, 3, 4))
+    number = context.get_value_type(signature.args[4].dtype)
+    n_bytes, vector = context.get_abi_sizeof(number), _vector_of(context, number)
     in_one_place = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
-
-    def place(array: Any, kind: Any, *indices: Any) -> Any:
-        address = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        for index, stride in zip(indices, cgutils.unpack_tuple(builder, array.strides), strict=True):
-            address = builder.gep(address, [builder.mul(index, stride)])
-        return builder.bitcast(address, kind.as_pointer())
-
-    def plus(index: Any, summand: int) -> Any:
-        return builder.add(index, ir.Constant(index.type, summand))
-
-    rows = [plus(row, i) for i in range(n_rows)]
-    columns = [plus(column, i * vector.count) for i in range(TILE_REGISTERS)]
-    start = [builder.load(place(bias, vector, column), align=n_bytes) for column in columns]
+    rows = _places_behind(builder, arguments[1], n_rows)
+    columns = _places_behind(builder, ir.Constant(arguments[1].type, 0), TILE_REGISTERS, vector.count)
+    start = [builder.load(_place(builder, bias, vector, column), align=n_bytes) for column in columns]
     sums = [[cgutils.alloca_once_value(builder, value) for value in start] for _ in rows]
     with cgutils.for_range(builder, cgutils.unpack_tuple(builder, b.shape)[0]) as k:
-        of_b = [builder.load(place(b, vector, k.index, column), align=n_bytes) for column in columns]
+        of_b = [builder.load(_place(builder, b, vector, k.index, column), align=n_bytes) for column in columns]
         for row, sums_of_row in zip(rows, sums, strict=True):
-            factor = builder.load(place(a, number, row, k.index), align=n_bytes)
+            factor = builder.load(_place(builder, a, number, row, k.index), align=n_bytes)
             first = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
             factors = builder.shuffle_vector(first, vector(ir.Undefined), in_one_place)
             for total, numbers in zip(sums_of_row, of_b, strict=True):
@@ -165,11 +171,58 @@ def _build_tile(n_rows: int, context: Any, builder: Any, signature: Any, argumen
                 builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
     for row, sums_of_row in zip(rows, sums, strict=True):
         for column, total in zip(columns, sums_of_row, strict=True):
-            builder.store(builder.load(total), place(out, vector, row, column), align=n_bytes)
+            builder.store(builder.load(total), _place(builder, out, vector, row, column), align=n_bytes)
     return context.get_dummy_value()
 
 
 _tile, _tile_of_one_row = _tile_of(TILE_ROWS), _tile_of(1)
+
+
+def _type_transpose_block(_: Any, matrix: Any, row: Any, column: Any, out: Any) -> Any:
+    return types.void(matrix, row, column, out), _build_transpose_block
+
+
+def _build_transpose_block(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """The instructions of a block: one half of its registers is interleaved with the other until the columns are rows."""
+    matrix, out = (make_array(signature.args[i])(context, builder, value=arguments[i]) for i in (0, 3))
+    number = context.get_value_type(signature.args[3].dtype)
+    n_bytes, vector = context.get_abi_sizeof(number), _vector_of(context, number)
+    side = vector.count
+    rows, columns = (_places_behind(builder, index, side) for index in arguments[1:3])
+    block = [builder.load(_place(builder, matrix, vector, row, arguments[2]), align=n_bytes) for row in rows]
+    pairs = [place for i in range(side) for place in (i, side + i)]
+    halves = [ir.Constant(ir.VectorType(ir.IntType(32), side), half) for half in (pairs[:side], pairs[side:])]
+    for _ in range(side.bit_length() - 1):
+        of_both = zip(block[: side // 2], block[side // 2 :], strict=True)
+        block = [builder.shuffle_vector(*both, half) for both in of_both for half in halves]
+    for column, numbers in zip(columns, block, strict=True):
+        builder.store(numbers, _place(builder, out, vector, column, arguments[1]), align=n_bytes)
+    return context.get_dummy_value()
+
+
+#: Transposes as many rows and columns as a register has numbers; Numba by itself would move number by number.
+_transpose_block: Any = intrinsic(_type_transpose_block)
+
+
+@compiled_once
+def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
+    """
+    A matrix whose rows are another's columns.
+
+    :param matrix: shape (n, m)
+    :param out: Where it is written, shape (m, n)
+    """
+    n_rows, n_columns = matrix.shape
+    side = REGISTERS.n_bytes // out.itemsize
+    if min(n_rows, n_columns) < side:
+        for i in range(n_rows):
+            for j in range(n_columns):
+                out[j, i] = matrix[i, j]
+        return
+    for begin_column in range(0, n_columns, side):
+        column = min(begin_column, n_columns - side)  # the last blocks may lie over those before them
+        for begin in range(0, n_rows, side):
+            _transpose_block(matrix, min(begin, n_rows - side), column, out)
 
 
 @compiled_once
@@ -182,19 +235,48 @@ def multiply(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) ->
     :param bias: Added to each row, shape (m,)
     :param out: Where it is written, shape (n, m); none of the others
     """
-    n_rows, n_columns = out.shape
-    tile_columns = TILE_REGISTERS * REGISTERS.n_bytes // out.itemsize
-    if n_columns < tile_columns:
+    n_columns, width = out.shape[1], TILE_REGISTERS * REGISTERS.n_bytes // out.itemsize
+    if n_columns < width:
         _multiply_few_columns(a, b, bias, out)
         return
-    for begin in range(0, n_columns, tile_columns):
-        column = min(begin, n_columns - tile_columns)  # the last tiles may lie over those before them
-        if n_rows < TILE_ROWS:
-            for row in range(n_rows):
-                _tile_of_one_row(a, row, b, column, bias, out)
-        else:
-            for begin_row in range(0, n_rows, TILE_ROWS):
-                _tile(a, min(begin_row, n_rows - TILE_ROWS), b, column, bias, out)
+    for begin in range(0, n_columns, width):
+        column = min(begin, n_columns - width)
+        end = column + width
+        _multiply_columns_of_a_tile(a, b[:, column:end], bias[column:end], out[:, column:end])
+
+
+@compiled_once
+def multiply_transposed(a: np.ndarray, matrix: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    """
+    a matrixᵀ + bias, as :func:`multiply` computes it.
+
+    :param a: shape (n, k), in any layout
+    :param matrix: shape (m, k)
+    :param bias: Added to each row, shape (m,)
+    :param out: Where it is written, shape (n, m); none of the others
+    """
+    n_columns, width = out.shape[1], TILE_REGISTERS * REGISTERS.n_bytes // out.itemsize
+    rows = np.empty((matrix.shape[1], min(n_columns, width)), out.dtype)
+    if n_columns < width:
+        transpose(matrix, rows)
+        _multiply_few_columns(a, rows, bias, out)
+        return
+    for begin in range(0, n_columns, width):
+        column = min(begin, n_columns - width)
+        end = column + width
+        transpose(matrix[column:end], rows)
+        _multiply_columns_of_a_tile(a, rows, bias[column:end], out[:, column:end])
+
+
+@compiled_once
+def _multiply_columns_of_a_tile(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    n_rows = out.shape[0]
+    if n_rows < TILE_ROWS:
+        for row in range(n_rows):
+            _tile_of_one_row(a, row, b, bias, out)
+        return
+    for begin in range(0, n_rows, TILE_ROWS):
+        _tile(a, min(begin, n_rows - TILE_ROWS), b, bias, out)
 
 
 @compiled_once
@@ -207,26 +289,6 @@ def _multiply_few_columns(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: n
             factor = a[i, k]
             for j in range(row.size):
                 row[j] += factor * b[k, j]
-
-
-@compiled_once
-def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """
-    A matrix whose rows are another's columns.
-
-    :param matrix: shape (n, m)
-    :param out: Where it is written, shape (m, n)
-    """
-    n_rows, n_columns = matrix.shape
-    by_blocks = n_rows // 32 * 32
-    for begin in range(0, by_blocks, 32):  # so that the lines of memory that are read stay in the cache for the next columns
-        for j in range(n_columns):
-            row = out[j]
-            for i in range(begin, begin + 32):
-                row[i] = matrix[i, j]
-    for i in range(by_blocks, n_rows):
-        for j in range(n_columns):
-            out[j, i] = matrix[i, j]
 
 
 # --- The layers -------------------------------------------------------------------------------------------------------------
@@ -401,7 +463,6 @@ def squared_td_error_backward(
 def hidden_layer(
     layer: "CompiledLayer",
     inputs: np.ndarray,
-    transposed_weight: np.ndarray,
     outputs: np.ndarray,
     activations: np.ndarray,
     means: np.ndarray,
@@ -412,14 +473,12 @@ def hidden_layer(
 
     :param layer: Its parameters
     :param inputs: x, shape (B, in_features)
-    :param transposed_weight: Where Wᵀ is written, shape (in_features, n)
     :param outputs: Where x Wᵀ + b is written, shape (B, n)
     :param activations: Where the result is written, shape (B, n); may be ``outputs``
     :param means: Where the mean of each row is written, shape (B,)
     :param rstds: Where 1 / standard deviation of each row is written, shape (B,)
     """
-    transpose(layer.weight, transposed_weight)
-    multiply(inputs, transposed_weight, layer.bias, outputs)
+    multiply_transposed(inputs, layer.weight, layer.bias, outputs)
     normalise_and_activate(
         outputs, layer.norm_weight, layer.norm_bias, layer.epsilon, layer.negative_slope, activations, means, rstds
     )
@@ -471,10 +530,8 @@ def q_values(head: "CompiledHead", features: np.ndarray) -> np.ndarray:
     n_rows = len(features)
     means, rstds = np.empty(n_rows, features.dtype), np.empty(n_rows, features.dtype)
     for layer in head.hidden_layers:
-        n_outputs, n_inputs = layer.weight.shape
-        transposed_weight = np.empty((n_inputs, n_outputs), features.dtype)
-        outputs = np.empty((n_rows, n_outputs), features.dtype)
-        hidden_layer(layer, features, transposed_weight, outputs, outputs, means, rstds)
+        outputs = np.empty((n_rows, len(layer.bias)), features.dtype)
+        hidden_layer(layer, features, outputs, outputs, means, rstds)
         features = outputs
     result = np.empty((n_rows, len(head.final_bias)), features.dtype)
     final_layer(features, head.final_weight, head.final_bias, result)
@@ -531,7 +588,7 @@ def squared_td_error_gradients(
     """
     inputs = features
     for layer, kept in zip(head.hidden_layers, workspaces):  # noqa: B905 Numba does not know strict
-        hidden_layer(layer, inputs, kept.transposed_weight, kept.outputs, kept.activations, kept.means, kept.rstds)
+        hidden_layer(layer, inputs, kept.outputs, kept.activations, kept.means, kept.rstds)
         inputs = kept.activations
     final_layer(inputs, head.final_weight, head.final_bias, q_values)
 
