@@ -132,8 +132,11 @@ def check_parameters(model: "LectureDQN") -> None:
     :param model: The model
     :raises DivergenceError: if one of them is not finite
     """
-    for name, parameter in model.policy.state_dict().items():
-        if parameter.is_floating_point() and not bool(th.isfinite(parameter).all()):
+    parameters = {name: value for name, value in model.policy.state_dict().items() if value.is_floating_point()}
+    if math.isfinite(th.nn.utils.get_total_norm(parameters.values())):
+        return
+    for name, parameter in parameters.items():  # finite numbers may have an infinite norm
+        if not bool(th.isfinite(parameter).all()):
             raise DivergenceError(
                 f"training has diverged: the parameter {name} is not finite at step {model.num_timesteps}, after "
                 f"{model._n_updates} gradient steps; the usual cause is {_LOSS_CAUSES}"

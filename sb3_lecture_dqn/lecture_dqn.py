@@ -598,7 +598,8 @@ class LectureDQN(OffPolicyAlgorithm):
         # One call stands for n_envs transitions.
         if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
             update_target(list(self.q_net.parameters()), list(self.q_net_target.parameters()), self.tau)
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+            if self.batch_norm_stats:
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self._update_exploration_rate(self._current_progress_remaining)
 
     def _update_exploration_rate(self, progress_remaining: float) -> None:
@@ -680,7 +681,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if fast_update.needs_training_mode:
             self.policy.set_training_mode(True)
         with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
-            may_be_used = are_threads_left and fast_update.may_use_second_thread
+            may_be_used = are_threads_left and fast_update.may_use_second_thread(gradient_steps)
             with fast_update.second_thread.measured(may_be_used, gradient_steps):
                 self._fast_updates(fast_update, gradient_steps, batch_size)
 
@@ -700,7 +701,7 @@ class LectureDQN(OffPolicyAlgorithm):
             self._count_updates(n_updates, fast_update.metrics_of, results)
 
     def _draw(self, n_rows: int) -> ReplayBufferSamples | DrawnRows:
-        """Several B, or which transitions they are where D is on the device and its observations are not normalised."""
+        """Several B, or which transitions they are where they can be read in D and are not normalised."""
         buffer = self.replay_buffer
         if not isinstance(buffer, ContiguousReplayBuffer) or self._vec_normalize_env is not None:
             return self._sample_batch(n_rows)

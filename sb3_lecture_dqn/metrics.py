@@ -7,18 +7,18 @@ from typing import Any
 
 import torch as th
 
-#: Gives the values of each metric, in the order of the names and without gradient, from what several additions kept.
-MetricsOf = Callable[[Sequence[Any]], Sequence[th.Tensor]]
+#: Gives the values of the metrics from what several additions kept: a row for each name, without gradient.
+MetricsOf = Callable[[Sequence[Any]], th.Tensor]
 
 
-def stack_metrics(kept: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
+def stack_metrics(kept: Sequence[Sequence[th.Tensor]]) -> th.Tensor:
     """
-    The values of each metric, where each addition keeps one scalar of each.
+    The values of the metrics, where each addition keeps one scalar of each.
 
     :param kept: The scalars of each addition, in the order of the names
-    :return: A tensor for each metric
+    :return: The values, shape (number of metrics, number of additions)
     """
-    return [th.stack(values) for values in zip(*kept, strict=True)]
+    return th.stack([th.stack(values) for values in zip(*kept, strict=True)])
 
 
 class RunningMeans:
@@ -45,7 +45,7 @@ class RunningMeans:
 
     def _sum(self) -> None:
         for metrics_of, additions in groupby(self._not_summed, itemgetter(0)):
-            values = th.stack(list(metrics_of([kept for _, kept in additions])))
+            values = metrics_of([kept for _, kept in additions])
             sums = values.sum(dim=1)
             self._sums = sums if self._sums is None else sums + self._sums.to(sums.device)
             self._count += values.shape[1]

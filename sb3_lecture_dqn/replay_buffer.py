@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DeviceCopy, DrawnRows, dones_of, is_cuda
+from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions
 
 
 def _field(name: str) -> Any:
@@ -98,6 +99,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
         self._device_copy.is_seen = False  # SB3's own constructor has looked at what was there before
 
     def _make_views(self) -> None:
+        self._stored: StoredTransitions | None = None  # made when asked for: a device's copy counts the views there are
         self.__dict__.update({name: self._records[name] for name in FIELDS})
 
     def add(self, *args: Any, **kwargs: Any) -> None:
@@ -114,20 +116,26 @@ class ContiguousReplayBuffer(ReplayBuffer):
 
     def draw(self, batch_size: int) -> DrawnRows | ReplayBufferSamples:
         """
-        Draw as :meth:`sample` does, for somebody who can read the transitions on the device.
+        Draw as :meth:`sample` does, for somebody who can read the transitions where they are.
 
         :param batch_size: Number of transitions
         :return: Which transitions they are; the transitions where they have to come from the host
         """
         indices = self._with_environments(np.random.randint(0, self.size(), size=batch_size))
-        records = self._records_there()
-        return self._samples_here(indices) if records is None else DrawnRows(th.from_numpy(indices), records)
+        records = self._records_there() if is_cuda(self.device) else self._records_here()
+        return self._samples_here(indices) if records is None else DrawnRows(indices, records)
 
     def _with_environments(self, rows: np.ndarray) -> np.ndarray:
         """Where the records of the rows are, of one environment each."""
         if self.n_envs == 1:
             return rows
         return rows * self.n_envs + np.random.randint(0, high=self.n_envs, size=len(rows))
+
+    def _records_here(self) -> StoredTransitions | None:
+        handles_timeouts = self.handle_timeout_termination
+        if self._stored is None or self._stored.handle_timeout_termination != handles_timeouts:
+            self._stored = StoredTransitions.of(self._records, handles_timeouts)
+        return self._stored
 
     def _records_there(self) -> CopiedRecords | None:
         return self._device_copy.records(self) if is_cuda(self.device) else None
@@ -158,7 +166,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a pickle would turn into copies, and what is on the device."""
-        return {name: value for name, value in self.__dict__.items() if name not in (*FIELDS, "_device_copy")}
+        return {name: value for name, value in self.__dict__.items() if name not in (*FIELDS, "_stored", "_device_copy")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -314,7 +314,7 @@ def note_draws(buffer: ReplayBuffer | None) -> list[ReplayBufferSamples]:
     def noted_draw(n_rows: int) -> DrawnRows:
         drawn = draw(n_rows)
         assert isinstance(drawn, DrawnRows)
-        draws.append(drawn.records.samples(drawn.indices.to(drawn.records.words.device)))
+        draws.append(drawn.records.samples(th.from_numpy(drawn.indices).to(drawn.records.words.device)))
         return drawn
 
     buffer.draw = noted_draw  # type: ignore[method-assign]

@@ -131,19 +131,18 @@ class FastActing:
         """
         if isinstance(observations, dict) or not self.only_flattens:
             return self._encoded_greedy_actions(observations)
-        if len(observations) == 1:
-            return np.array([self._q_values_of_one(observations.reshape(1, -1)).argmax()])
-        with th.no_grad(), threads_for(len(observations) * self.n_parameters):
-            features = th.from_numpy(np.ascontiguousarray(observations)).flatten(1)
-            return self._greedy_actions_of_several(features)
+        features = observations.reshape(len(observations), -1)
+        if len(features) == 1:
+            return np.array([self._q_values_of_one(features).argmax()])
+        return self._greedy_actions_of_several(features)
 
-    def _greedy_actions_of_several(self, features: th.Tensor) -> np.ndarray:
-        compiled_head = self.compiled_head
-        if compiled_head is not None and compiled_head.takes(features):
-            q_values = compiled_head.q_values(features)
+    def _greedy_actions_of_several(self, features: np.ndarray) -> np.ndarray:
+        if self.compiled_head is not None and self.compiled_head.takes(features):
+            q_values = self.compiled_head.q_values(features)
         else:
-            q_values = forward(self.head, features)
-        actions: np.ndarray = q_values.argmax(dim=1).numpy()
+            with th.no_grad(), threads_for(len(features) * self.n_parameters):
+                q_values = forward(self.head, th.from_numpy(features)).numpy()
+        actions: np.ndarray = q_values.argmax(axis=1)
         return actions
 
     @th.no_grad()
@@ -152,9 +151,10 @@ class FastActing:
         first = next(iter(observations.values())) if isinstance(observations, dict) else observations
         # an encoder with parameters may use each of them many times
         with threads_for(None if self.has_trained_encoder else len(first) * self.n_parameters):
-            features = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
+            tensors = self.policy.q_net.extract_features(to_tensors(observations), self.policy.q_net.features_extractor)
+            features = tensors.numpy()
             if len(features) == 1:
-                return np.array([self._q_values_of_one(features.numpy()).argmax()])
+                return np.array([self._q_values_of_one(features).argmax()])
             return self._greedy_actions_of_several(features)
 
     def _q_values_of_one(self, features: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch as th
 from sb3_lecture_dqn.fast import kernels, threads
 from sb3_lecture_dqn.fast.head import Head, HiddenLayer
 from sb3_lecture_dqn.fast.products import LinearTensors
+from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions, readable_record
 
 #: Types of numbers that the kernels are for.
 NUMPY_TYPES: dict[th.dtype, Any] = {th.float32: np.float32, th.float64: np.float64}
@@ -114,14 +115,14 @@ class CompiledHead(NamedTuple):
             return False
         return features.shape[0] <= self.most_rows or th.get_num_threads() == 1
 
-    def q_values(self, features: th.Tensor) -> th.Tensor:
+    def q_values(self, features: np.ndarray) -> np.ndarray:
         """
         Q(s, ·).
 
         :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
         :return: Q values, shape (B, |A|)
         """
-        return th.from_numpy(kernels.q_values(self, features.contiguous().numpy()))
+        return kernels.q_values(self, np.ascontiguousarray(features))
 
     def for_one(self) -> Callable[[np.ndarray], np.ndarray]:
         """
@@ -170,4 +171,6 @@ def compile_kernels(dtype: th.dtype, n_hidden_layers: int) -> None:
     row, matrix = np.zeros(1, number), np.zeros((1, 1), number)
     layer = CompiledLayer(matrix, row, row, row, number(0), number(0))
     head = CompiledHead(n_hidden_layers * (layer,), matrix, row, 1)
-    kernels.compile_for(head, head.workspaces(1))
+    stored = StoredTransitions.of(np.zeros(2, readable_record(n_features=1)), False)
+    assert stored is not None
+    kernels.compile_for(head, head.workspaces(1), stored, Transitions.empty(1, 1, number))

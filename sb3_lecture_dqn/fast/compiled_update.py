@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -16,6 +16,7 @@ from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead, Workspace
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.second_thread import Work
+from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions
 from sb3_lecture_dqn.fast.update import FastUpdate, StepResults, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
@@ -34,7 +35,8 @@ class CompiledAdam(FlatAdam):
 
     def __init__(self, optimizer: th.optim.Adam, theta: th.Tensor, gradient: th.Tensor) -> None:
         super().__init__(optimizer, theta, gradient)
-        self._arrays = (theta.numpy(), gradient.numpy(), self.first_moment.numpy(), self.second_moment.numpy())
+        moments = self.first_moment.numpy(), self.second_moment.numpy()
+        self._arrays = theta.numpy(), gradient.numpy(), *moments, self.step_counts.numpy()
 
     def for_kernels(self) -> kernels.AdamArguments:
         """
@@ -49,23 +51,29 @@ class CompiledAdam(FlatAdam):
 
     def step(self) -> None:
         """One step of Adam."""
-        self.step_counts += 1
-        kernels.adam_step(self.for_kernels(), int(self.step_count))
+        kernels.adam_step(self.for_kernels())
 
 
-def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> tuple[th.Tensor, ...]:
+def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> th.Tensor:
     """
     The metrics of training calls, which are there already where all of a step was compiled.
 
     :param results: What their steps gave
     :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
     """
-    parts: list[Sequence[th.Tensor]] = []
+    parts = []
     for kind, alike in groupby(results, type):
         of_calls: list[Any] = list(alike)
         is_there = kind is np.ndarray
-        parts.append(th.from_numpy(np.concatenate(of_calls)).unbind(dim=1) if is_there else metrics_of_results(of_calls))
-    return tuple(map(th.cat, zip(*parts, strict=True)))
+        parts.append(th.from_numpy(np.concatenate(of_calls)).t() if is_there else metrics_of_results(of_calls))
+    return th.cat(parts, dim=1)
+
+
+def _tensors_of(samples: Any, transitions: Transitions | None) -> ReplayBufferSamples:
+    """What was drawn, or what was read of it."""
+    if transitions is None or not isinstance(samples, DrawnRows):
+        return samples  # type: ignore[no-any-return]
+    return ReplayBufferSamples(**{name: th.from_numpy(array) for name, array in transitions._asdict().items()})
 
 
 class CompiledUpdate(FastUpdate):
@@ -80,13 +88,16 @@ class CompiledUpdate(FastUpdate):
     :param optimizer: Its optimizer
     """
 
-    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(metrics_of_calls)
+    metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(metrics_of_calls)
+
+    work_for_second_thread: ClassVar[tuple[Work, ...]] = (Work.NOTHING, Work.TARGETS)
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
         self.compiled_head, self.compiled_target = CompiledHead.of(self.head), CompiledHead.of(self.target_head)
         self.compiled_gradients, self._flat_gradient = CompiledHead.of(self.head_gradients), self.gradient.numpy()
         self._workspaces: tuple[Workspace, ...] = ()
+        self._transitions: Transitions | None = None  # memory for those that are drawn
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
         return (CompiledAdam if self._is_for_one_thread else FlatAdam)(optimizer, self.theta, self.gradient)
@@ -94,6 +105,25 @@ class CompiledUpdate(FastUpdate):
     @property
     def _is_for_one_thread(self) -> bool:
         return self.theta.numel() <= MOST_PARAMETERS
+
+    @property
+    def takes_drawn_rows(self) -> bool:  # type: ignore[override]
+        """Whether transitions may be left to be read where they are."""
+        return self.has_vector_observations and self._is_preprocessings_type
+
+    @property
+    def _is_preprocessings_type(self) -> bool:
+        """Whether the parameters are of the type that SB3's preprocessing gives; if not, PyTorch says what is wrong."""
+        return self.theta.dtype == th.float32 or self.theta.dtype == th.empty(0).float().dtype
+
+    def may_use_second_thread(self, n_updates: int) -> bool:
+        """
+        Whether two threads may share updates.
+
+        :param n_updates: How many updates they are
+        :return: Also ``False`` for a single one whose targets are all that there is besides
+        """
+        return super().may_use_second_thread(n_updates) and (n_updates > 1 or not self.has_vector_observations)
 
     def steps(
         self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
@@ -107,42 +137,64 @@ class CompiledUpdate(FastUpdate):
         :param max_grad_norm: As for :meth:`FastUpdate.steps`
         :return: What :meth:`metrics_of` needs
         """
-        if isinstance(samples, DrawnRows) or not self._takes(samples):
-            return super().steps(samples, targets_of, batch_size, max_grad_norm)
-        actions = samples.actions.long().contiguous().numpy()
-        observations, next_observations, rewards, dones = (
-            tensor.to(self.theta.dtype).contiguous().numpy()
-            for tensor in (samples.observations, samples.next_observations, samples.rewards, samples.dones)
-        )
-        of_next = partial(kernels.td_targets, self.compiled_target, next_observations, rewards, dones, targets_of.gamma)
-        parts = self._parts(len(actions) // batch_size, batch_size)
-        tasks = self.second_thread.in_advance([partial(of_next, part.start, part.stop) for part in parts], Work.TARGETS)
-        metrics = np.empty((len(actions) // batch_size, 4), self._flat_gradient.dtype)
-        for part, task in zip(parts, tasks, strict=True):
+        transitions = self._read(samples) if isinstance(samples, DrawnRows) else self._arrays_of(samples)
+        if transitions is None or not self._takes(transitions):
+            return super().steps(_tensors_of(samples, transitions), targets_of, batch_size, max_grad_norm)
+        metrics = np.empty((len(transitions.actions) // batch_size, 4), self._flat_gradient.dtype)
+        for part, targets in self._compiled_targets(transitions, targets_of.gamma, batch_size):
             of_part = slice(part.start // batch_size, part.stop // batch_size)
-            transitions = observations[part], actions[part], task.result()
-            self._compiled_steps(*transitions, math.inf if max_grad_norm is None else max_grad_norm, metrics[of_part])
+            self._compiled_steps(
+                transitions.observations[part], transitions.actions[part], targets, max_grad_norm, metrics[of_part]
+            )
         return metrics
 
-    def _takes(self, samples: ReplayBufferSamples) -> bool:
+    def _read(self, drawn: DrawnRows) -> Transitions:
+        stored, n_rows = drawn.records, len(drawn.indices)
+        assert isinstance(stored, StoredTransitions)  # a buffer on the CPU has no others
+        if self._transitions is None or len(self._transitions.actions) != n_rows:
+            self._transitions = Transitions.empty(n_rows, stored.n_features, self._flat_gradient.dtype)
+        kernels.read_transitions(stored, drawn.indices, self._transitions)
+        return self._transitions
+
+    def _arrays_of(self, samples: ReplayBufferSamples) -> Transitions | None:
+        """Transitions without an encoder and discounts of their own, of the parameters' type."""
+        if not self.takes_drawn_rows or samples.discounts is not None:
+            return None
+        observations, next_observations, dones, rewards = (
+            tensor.to(self.theta.dtype).contiguous().numpy()
+            for tensor in (samples.observations, samples.next_observations, samples.dones, samples.rewards)
+        )
+        return Transitions(observations, samples.actions.long().contiguous().numpy(), next_observations, dones, rewards)
+
+    def _takes(self, transitions: Transitions) -> bool:
         """Whether the kernels, which look at nothing, compute all of a step on these transitions."""
-        if not self.has_vector_observations or not isinstance(self.adam, CompiledAdam) or samples.discounts is not None:
+        observations, actions, next_observations, dones, rewards = transitions
+        if not isinstance(self.adam, CompiledAdam) or not actions.shape == rewards.shape == dones.shape == (
+            len(observations),
+            1,
+        ):
             return False
-        observations, next_observations, shape = samples.observations, samples.next_observations, samples.actions.shape
-        if not shape == samples.rewards.shape == samples.dones.shape == (len(observations), 1):
-            return False
-        return self.compiled_head.takes(observations.float()) and self.compiled_target.takes(next_observations.float())
+        return self.compiled_head.takes(observations) and self.compiled_target.takes(next_observations)
+
+    def _compiled_targets(self, transitions: Transitions, gamma: float, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The targets of parts of the transitions, where there are several by the second thread."""
+        of_next = transitions.next_observations, transitions.rewards, transitions.dones
+        targets_of_rows = partial(kernels.td_targets, self.compiled_target, *of_next, gamma)
+        parts = self._parts(len(transitions.actions) // batch_size, batch_size)
+        if len(parts) == 1:
+            return iter([(parts[0], targets_of_rows(0, len(transitions.actions)))])
+        calls = [partial(targets_of_rows, part.start, part.stop) for part in parts]
+        tasks = self.second_thread.in_advance(calls, Work.TARGETS)
+        return ((part, task.result()) for part, task in zip(parts, tasks, strict=True))
 
     def _compiled_steps(
-        self, features: np.ndarray, actions: np.ndarray, targets: np.ndarray, max_grad_norm: float, metrics: np.ndarray
+        self, features: np.ndarray, actions: np.ndarray, targets: np.ndarray, max_grad_norm: float | None, metrics: np.ndarray
     ) -> None:
         assert isinstance(self.adam, CompiledAdam)  # _takes has looked
-        workspaces = self._workspaces_for(len(actions) // len(metrics))
+        of_theta = self.compiled_head, self.compiled_gradients, self._workspaces_for(len(actions) // len(metrics))
+        most = math.inf if max_grad_norm is None else max_grad_norm
         with self._named_actions(actions):
-            of_theta, of_adam = (self.compiled_head, self.compiled_gradients, workspaces), self.adam.for_kernels()
-            count = int(self.adam.step_count) + 1
-            kernels.gradient_steps(*of_theta, of_adam, count, max_grad_norm, features, actions, targets, metrics)
-        self.adam.step_counts += len(metrics)
+            kernels.gradient_steps(*of_theta, self.adam.for_kernels(), most, features, actions, targets, metrics)
 
     @contextmanager
     def _named_actions(self, actions: np.ndarray) -> Iterator[None]:
@@ -154,8 +206,9 @@ class CompiledUpdate(FastUpdate):
             raise RuntimeError(f"actions of a batch must be in 0 to {n_actions - 1}, got {wrong}") from None
 
     def _q_values(self, features: th.Tensor) -> th.Tensor:
-        takes_them = self.compiled_target.takes(features)
-        return self.compiled_target.q_values(features) if takes_them else super()._q_values(features)
+        if not self.compiled_target.takes(features):
+            return super()._q_values(features)
+        return th.from_numpy(self.compiled_target.q_values(features.numpy()))
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """The actions themselves: a kernel looks for their Q values."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions
+
 if TYPE_CHECKING:
     from sb3_lecture_dqn.replay_buffer import ContiguousReplayBuffer
 
@@ -86,8 +88,8 @@ class CopiedRecords:
 class DrawnRows(NamedTuple):
     """Transitions that were drawn and not yet read: which rows of what."""
 
-    indices: th.Tensor
-    records: CopiedRecords
+    indices: np.ndarray
+    records: CopiedRecords | StoredTransitions
 
 
 class DeviceCopy:

@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_lecture_dqn.fast.acting import FastActing, to_tensors
 from sb3_lecture_dqn.fast.adam import DeviceAdam
-from sb3_lecture_dqn.fast.device_copy import DrawnRows, is_cuda
+from sb3_lecture_dqn.fast.device_copy import CopiedRecords, DrawnRows, is_cuda
 from sb3_lecture_dqn.fast.head import forward, gradient_of
 from sb3_lecture_dqn.fast.update import MODELESS_MODULES, FastUpdate, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
@@ -201,14 +201,14 @@ def powers_of_two(n: int) -> list[int]:
     return [2**bit for bit in reversed(range(n.bit_length())) if n & 2**bit]
 
 
-def joined_metrics(results: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+def joined_metrics(results: Sequence[th.Tensor]) -> th.Tensor:
     """
     The metrics of training calls, which are computed in the graphs.
 
     :param results: Those of each call, shape (4, n_updates)
     :return: As of :func:`~sb3_lecture_dqn.fast.update.metrics_of_results`
     """
-    return th.cat(list(results), dim=1).unbind()
+    return th.cat(list(results), dim=1)
 
 
 class GraphUpdate(FastUpdate):
@@ -220,7 +220,7 @@ class GraphUpdate(FastUpdate):
     """
 
     device_type: ClassVar[str] = "cuda"
-    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(joined_metrics)
+    metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(joined_metrics)
     takes_drawn_rows: ClassVar[bool] = True
 
     adam: DeviceAdam
@@ -257,9 +257,13 @@ class GraphUpdate(FastUpdate):
         n_rows = 2**14 if self.has_vector_observations else 2**10
         return min(max(n_rows // batch_size, 1), 64)
 
-    @property
-    def may_use_second_thread(self) -> bool:
-        """Never: the GPU does the work."""
+    def may_use_second_thread(self, n_updates: int) -> bool:
+        """
+        Whether two threads may share updates.
+
+        :param n_updates: How many updates they are
+        :return: ``False``: the GPU does the work
+        """
         return False
 
     def steps(
@@ -276,8 +280,7 @@ class GraphUpdate(FastUpdate):
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: The four metrics of each step, shape (4, n_updates)
         """
-        records = samples.records if isinstance(samples, DrawnRows) else None
-        batches = samples.indices if isinstance(samples, DrawnRows) else _fields_of_a_batch(samples)
+        records, batches = _split_rows(samples) if isinstance(samples, DrawnRows) else (None, _fields_of_a_batch(samples))
         n_steps = len(batches if isinstance(batches, th.Tensor) else batches.actions) // batch_size
         inputs = StepInputs(batches, self.adam.coefficients(n_steps))
         formats = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in named_tensors(inputs).items())
@@ -288,7 +291,7 @@ class GraphUpdate(FastUpdate):
             self.adam.begin(inputs.coefficients)
             batches = inputs.batches if records is None else records.samples(inputs.batches)
             results = super(GraphUpdate, self).steps(batches, targets_of, batch_size, max_grad_norm)
-            return th.stack(metrics_of_results([results]))
+            return metrics_of_results([results])
 
         metrics: list[th.Tensor] = []
         sizes = powers_of_two(n_steps)
@@ -324,6 +327,11 @@ class GraphUpdate(FastUpdate):
 
 def _as_it_is(tensor: th.Tensor) -> th.Tensor:
     return tensor
+
+
+def _split_rows(drawn: DrawnRows) -> tuple[CopiedRecords, th.Tensor]:
+    assert isinstance(drawn.records, CopiedRecords)  # a buffer for a GPU has no others
+    return drawn.records, th.from_numpy(drawn.indices)
 
 
 def _fields_of_a_batch(samples: Any) -> ReplayBufferSamples:

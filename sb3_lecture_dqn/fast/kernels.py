@@ -26,6 +26,7 @@ from numba.np import arrayobj as _arrayobj
 
 if TYPE_CHECKING:
     from sb3_lecture_dqn.fast.compiled_head import CompiledHead, CompiledLayer, Workspace
+    from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions
 
 # Numba says no types of its own
 cgutils: Any = _cgutils
@@ -612,6 +613,30 @@ def squared_td_error_gradients(
             multiply(gradient, layer.weight, np.zeros(layer.weight.shape[1], features.dtype), of_inputs)
 
 
+@compiled_once
+def read_transitions(stored: "StoredTransitions", indices: np.ndarray, transitions: "Transitions") -> None:
+    """
+    Read some of the transitions in a replay buffer.
+
+    :param stored: The buffer's records
+    :param indices: Which of them, shape (B,)
+    :param transitions: Where they are written
+    """
+    # what is one number of each is read first, because the processor then fetches many records at once
+    for i in range(len(indices)):
+        record = stored.numbers[indices[i]]
+        transitions.actions[i, 0] = stored.actions[indices[i], 0]
+        transitions.rewards[i, 0] = record[stored.rewards]
+        not_done = 1 - record[stored.timeouts] if stored.handle_timeout_termination else record.dtype.type(1)
+        transitions.dones[i, 0] = record[stored.dones] * not_done
+    observations, next_observations = transitions.observations, transitions.next_observations
+    for i in range(len(indices)):
+        record = stored.numbers[indices[i]]
+        for j in range(observations.shape[1]):
+            observations[i, j] = record[stored.observations + j]
+            next_observations[i, j] = record[stored.next_observations + j]
+
+
 @compiled
 def td_metrics(q_values: np.ndarray, actions: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
     """
@@ -700,22 +725,25 @@ class AdamArguments(NamedTuple):
     gradient: np.ndarray  # the gradient of θ
     first_moment: np.ndarray  # m
     second_moment: np.ndarray  # v
+    step_counts: np.ndarray  # t, as often as PyTorch keeps it
     learning_rate: float
     betas: tuple[float, float]  # β₁ and β₂
     epsilon: float  # ϵ
 
 
 @compiled
-def adam_step(adam: AdamArguments, count: int) -> None:
+def adam_step(adam: AdamArguments) -> None:
     """
     A step of Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), in PyTorch's form.
 
     :param adam: Its arrays and settings
-    :param count: t, from 1
     """
     theta, gradient, first_moment, second_moment = adam.theta, adam.gradient, adam.first_moment, adam.second_moment
     number = theta.dtype.type
     beta_1, beta_2 = adam.betas
+    count = int(adam.step_counts[0]) + 1
+    for i in range(adam.step_counts.size):
+        adam.step_counts[i] = count
     # in float64 until here: 1 − β₂ has more digits than a difference of numbers of θ's type
     complement_1, complement_2, factor_2 = number(1 - beta_1), number(1 - beta_2), number(beta_2)
     step_size, root_correction = number(adam.learning_rate / (1 - beta_1**count)), number((1 - beta_2**count) ** -0.5)
@@ -732,7 +760,6 @@ def gradient_steps(
     gradients: "CompiledHead",
     workspaces: "tuple[Workspace, ...]",
     adam: AdamArguments,
-    count: int,
     max_grad_norm: float,
     features: np.ndarray,
     actions: np.ndarray,
@@ -746,7 +773,6 @@ def gradient_steps(
     :param gradients: As for :func:`squared_td_error_gradients`; these are views of the gradient of θ
     :param workspaces: As for :func:`squared_td_error_gradients`, for B rows
     :param adam: As for :func:`adam_step`
-    :param count: As for :func:`adam_step`, of the first step
     :param max_grad_norm: As for :func:`clip`
     :param features: s of one batch after the other, shape (n · B, features_dim)
     :param actions: a, shape (n · B, 1)
@@ -769,7 +795,7 @@ def gradient_steps(
         gradient_norm = math.sqrt(squared_norm(adam.gradient))
         metrics[step, 3] = gradient_norm
         clip(adam.gradient, gradient_norm, max_grad_norm)
-        adam_step(adam, count + step)
+        adam_step(adam)
 
 
 def is_compiling() -> bool:
@@ -782,22 +808,26 @@ def is_compiling() -> bool:
     return not numba.config.DISABLE_JIT and hasattr(adam_step, "py_func")  # type: ignore[attr-defined]
 
 
-def compile_for(head: "CompiledHead", workspaces: "tuple[Workspace, ...]") -> None:
+def compile_for(
+    head: "CompiledHead", workspaces: "tuple[Workspace, ...]", stored: "StoredTransitions", transitions: "Transitions"
+) -> None:
     """
     Compile what is called for a head, or read it from the disk.
 
     :param head: The head, whose numbers are overwritten
     :param workspaces: Memory for each hidden layer, for one row
+    :param stored: Some transitions
+    :param transitions: Memory for one of them
     :raises Exception: whatever Numba raises if it cannot, for instance because the disk is full or what is on it is damaged
     """
     dtype = head.final_weight.dtype.type
-    row, features = np.zeros(1, dtype), np.zeros((1, head.hidden_layers[0].weight.shape[1]), dtype)
-    actions, targets = np.zeros((1, 1), np.int64), np.zeros((1, 1), dtype)
-    adam = AdamArguments(row, row, row, row, 0.0, (0.0, 0.0), 0.0)
+    read_transitions(stored, np.zeros(1, np.int64), transitions)
+    row, features, actions, targets = np.zeros(1, dtype), transitions.observations, transitions.actions, transitions.rewards
+    adam = AdamArguments(row, row, row, row, np.zeros(1, np.float32), 0.0, (0.0, 0.0), 0.0)
     q_values(head, features)
     q_values_of_one(head.plain_hidden_layers, head.final_weight, head.final_bias, features)
     squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets, features)
     squared_norm(row)
-    adam_step(adam, 1)
+    adam_step(adam)
     td_targets(head, features, targets, targets, 0.0, 0, 1)
-    gradient_steps(head, head, workspaces, adam, 1, np.inf, features, actions, targets, np.zeros((1, 4), dtype))
+    gradient_steps(head, head, workspaces, adam, np.inf, features, actions, targets, np.zeros((1, 4), dtype))

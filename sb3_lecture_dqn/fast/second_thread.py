@@ -131,23 +131,32 @@ class SecondThread:
     Whether a second core is idle, and how far from the first, is not known and changes, so now and then some training calls
     are made in each way in turn, and the quickest is kept until the next time. Quicker is what takes less time from the end of
     one training call to the end of the next: what the other core has written, the collection reads more slowly.
+
+    :param ways: What it may be given, the least first
     """
 
     #: Of so many training calls …
     period: ClassVar[int] = 500
-    #: … the first ones decide about the others: so many with nothing, so many with the targets, so many with all, and …
+    #: … the first ones decide about the others: so many in each way, the first of which finds what the way before has left and
+    #: is not counted, and …
     block: ClassVar[int] = 5
-    #: … that twice. The first call of a block, which finds what the way before has left, is not counted.
-    trial: ClassVar[int] = 2 * block * len(Work)
+    #: … that so often.
+    repetitions: ClassVar[int] = 2
     #: Before the first trial so many get nothing, so that it does not count what is compiled, allocated and read then.
     warm_up: ClassVar[int] = 50
 
-    def __init__(self) -> None:
+    def __init__(self, ways: Sequence[Work] = tuple(Work)) -> None:
+        self.ways = ways
         self._given = Work.NOTHING
         self._best = Work.NOTHING
         self._position = self.period - self.warm_up
         self._last_end: float | None = None
-        self._seconds: dict[Work, list[float]] = {work: [] for work in Work}
+        self._seconds: dict[Work, list[float]] = {work: [] for work in ways}
+
+    @property
+    def trial(self) -> int:
+        """Of a period, the training calls that decide about the others."""
+        return self.repetitions * self.block * len(self.ways)
 
     def start(self, call: Callable[[], T], work: Work) -> Task[T]:
         """
@@ -193,7 +202,7 @@ class SecondThread:
             yield
             return
         is_trial = self._position < self.trial
-        self._given = Work(self._position // self.block % len(Work)) if is_trial else self._best
+        self._given = self.ways[self._position // self.block % len(self.ways)] if is_trial else self._best
         start = time.perf_counter() if self._last_end is None else self._last_end
         self._last_end = None  # if this is interrupted, nobody knows how long for
         yield
@@ -202,5 +211,5 @@ class SecondThread:
             self._seconds[self._given].append((self._last_end - start) / max(gradient_steps, 1))
         self._position = (self._position + 1) % self.period
         if is_trial and self._position == self.trial:
-            self._best = min(Work, key=lambda work: statistics.median(self._seconds[work]))
-            self._seconds = {work: [] for work in Work}
+            self._best = min(self.ways, key=lambda work: statistics.median(self._seconds[work]))
+            self._seconds = {work: [] for work in self.ways}

@@ -121,26 +121,26 @@ class StepResults(NamedTuple):
         return len(self.q_values[0])
 
 
-def metrics_of_results(results: Sequence[StepResults]) -> tuple[th.Tensor, ...]:
+def metrics_of_results(results: Sequence[StepResults]) -> th.Tensor:
     """
     The metrics of training calls, which are computed at once: small operations between large ones find nothing in the cache.
 
     :param results: What their steps gave
-    :return: The losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping, each of shape
-        (n_updates,)
+    :return: The losses, the mean Q(s, a, θ), the mean targets and the norms of the gradients before clipping, shape
+        (4, n_updates)
     """
     parts = [_metrics_of_batches(list(alike), size) for size, alike in groupby(results, attrgetter("batch_size"))]
-    return tuple(map(th.cat, zip(*parts, strict=True)))
+    return th.cat(parts, dim=1)
 
 
-def _metrics_of_batches(results: Sequence[StepResults], batch_size: int) -> tuple[th.Tensor, ...]:
+def _metrics_of_batches(results: Sequence[StepResults], batch_size: int) -> th.Tensor:
     actions, q_values_of_all, targets_of_all, squared_norms = zip(*results, strict=True)
     all_q_values = th.cat(list(chain.from_iterable(q_values_of_all)))
     q_values = all_q_values.gather(1, th.cat(actions)).view(-1, batch_size)
     targets = th.cat(list(chain.from_iterable(targets_of_all))).view_as(q_values)
     losses = (q_values - targets).square_().mean(dim=1)
     norms = th.stack(list(chain.from_iterable(squared_norms))).sqrt_()
-    return losses, q_values.mean(dim=1), targets.mean(dim=1), norms
+    return th.stack([losses, q_values.mean(dim=1), targets.mean(dim=1), norms])
 
 
 class FastUpdate:
@@ -154,9 +154,11 @@ class FastUpdate:
     #: Where the parameters have to be.
     device_type: ClassVar[str] = "cpu"
     #: Gives the metrics of training calls from what :meth:`steps` gave for each.
-    metrics_of: "staticmethod[[Sequence[Any]], Sequence[th.Tensor]]" = staticmethod(metrics_of_results)
+    metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(metrics_of_results)
     #: Whether transitions may be left to be read where they are.
     takes_drawn_rows: ClassVar[bool] = False
+    #: What a second thread may be given in an update.
+    work_for_second_thread: ClassVar[tuple[Work, ...]] = tuple(Work)
     #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
     rows_ahead: ClassVar[int] = 384
 
@@ -175,7 +177,7 @@ class FastUpdate:
         self.head, self.target_head = _head_of(policy.q_net), _head_of(policy.q_net_target)
         self.head_gradients = _head_of(policy.q_net, gradient_of)
         self.adam = self._make_adam(optimizer)
-        self.second_thread = SecondThread()
+        self.second_thread = SecondThread(self.work_for_second_thread)
         encoder = policy.q_net.features_extractor
         self.has_trained_encoder = any(True for _ in encoder.parameters())
         self.has_vector_observations = has_vector_observations(policy)
@@ -240,9 +242,13 @@ class FastUpdate:
         """
         return max(1024 // batch_size, 1)
 
-    @property
-    def may_use_second_thread(self) -> bool:
-        """Whether two threads may share an update, which an encoder that we do not know may not bear."""
+    def may_use_second_thread(self, n_updates: int) -> bool:
+        """
+        Whether two threads may share updates, which an encoder that we do not know may not bear.
+
+        :param n_updates: How many updates they are
+        :return: Whether they may
+        """
         return not self.needs_training_mode
 
     def multiply_adds(self, batch_size: int) -> int | None:
