@@ -681,7 +681,7 @@ class LectureDQN(OffPolicyAlgorithm):
         if fast_update.needs_training_mode:
             self.policy.set_training_mode(True)
         with threads_for(fast_update.multiply_adds(batch_size)) as are_threads_left:
-            may_be_used = are_threads_left and fast_update.may_use_second_thread(gradient_steps)
+            may_be_used = are_threads_left and fast_update.may_use_second_thread
             with fast_update.second_thread.measured(may_be_used, gradient_steps):
                 self._fast_updates(fast_update, gradient_steps, batch_size)
 

@@ -79,6 +79,11 @@ class CompiledHead(NamedTuple):
         """The hidden layers as tuples without names."""
         return tuple(map(tuple, self.hidden_layers))
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of the weights."""
+        return [weight.shape for weight in (*(layer.weight for layer in self.hidden_layers), self.final_weight)]
+
     @classmethod
     def of(cls, head: Head) -> "CompiledHead":
         """

@@ -90,13 +90,14 @@ class CompiledUpdate(FastUpdate):
 
     metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(metrics_of_calls)
 
-    work_for_second_thread: ClassVar[tuple[Work, ...]] = (Work.NOTHING, Work.TARGETS)
+    work_for_second_thread: ClassVar[tuple[Work, ...]] = (Work.NOTHING, Work.GRADIENTS)
 
     def __init__(self, policy: LectureDQNPolicy, optimizer: th.optim.Adam) -> None:
         super().__init__(policy, optimizer)
         self.compiled_head, self.compiled_target = CompiledHead.of(self.head), CompiledHead.of(self.target_head)
         self.compiled_gradients, self._flat_gradient = CompiledHead.of(self.head_gradients), self.gradient.numpy()
-        self._workspaces: tuple[Workspace, ...] = ()
+        self._are_heads_alike = self.compiled_head.shapes == self.compiled_target.shapes
+        self._workspaces: list[tuple[Workspace, ...]] = []  # of either thread
         self._transitions: Transitions | None = None  # memory for those that are drawn
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
@@ -116,15 +117,6 @@ class CompiledUpdate(FastUpdate):
         """Whether the parameters are of the type that SB3's preprocessing gives; if not, PyTorch says what is wrong."""
         return self.theta.dtype == th.float32 or self.theta.dtype == th.empty(0).float().dtype
 
-    def may_use_second_thread(self, n_updates: int) -> bool:
-        """
-        Whether two threads may share updates.
-
-        :param n_updates: How many updates they are
-        :return: Also ``False`` for a single one whose targets are all that there is besides
-        """
-        return super().may_use_second_thread(n_updates) and (n_updates > 1 or not self.has_vector_observations)
-
     def steps(
         self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
     ) -> Any:
@@ -140,13 +132,30 @@ class CompiledUpdate(FastUpdate):
         transitions = self._read(samples) if isinstance(samples, DrawnRows) else self._arrays_of(samples)
         if transitions is None or not self._takes(transitions):
             return super().steps(_tensors_of(samples, transitions), targets_of, batch_size, max_grad_norm)
-        metrics = np.empty((len(transitions.actions) // batch_size, 4), self._flat_gradient.dtype)
-        for part, targets in self._compiled_targets(transitions, targets_of.gamma, batch_size):
-            of_part = slice(part.start // batch_size, part.stop // batch_size)
-            self._compiled_steps(
-                transitions.observations[part], transitions.actions[part], targets, max_grad_norm, metrics[of_part]
-            )
+        assert isinstance(self.adam, CompiledAdam)  # _takes has looked
+        n_updates = len(transitions.actions) // batch_size
+        metrics = np.empty((n_updates, 4), self._flat_gradient.dtype)
+        heads = self.compiled_head, self.compiled_target, self.compiled_gradients
+        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm, targets_of.gamma
+        with self._named_actions(transitions.actions):
+            self._compiled_steps(heads, settings, (transitions, np.empty_like(transitions.rewards), metrics), batch_size)
         return metrics
+
+    def _compiled_steps(
+        self, heads: tuple[Any, ...], settings: tuple[Any, ...], of_batches: tuple[Any, ...], batch_size: int
+    ) -> None:
+        """Call the kernel, in both threads where the second one is given something."""
+        workspaces, scratch_of_second = self._workspaces_for(batch_size)
+        progress = np.full((len(of_batches[-1]), len(workspaces)), kernels.NOT_READY)
+        progress[:, 0] = kernels.READY
+        shared = *heads, workspaces, *settings, *of_batches, progress
+        try:
+            task = self.second_thread.start(partial(kernels.gradient_steps, False, scratch_of_second, *shared), Work.GRADIENTS)
+            kernels.gradient_steps(True, workspaces, *shared)
+            task.withdraw()
+        except BaseException:
+            progress[:] = kernels.DONE  # so that the second thread does not wait for what never comes
+            raise
 
     def _read(self, drawn: DrawnRows) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)
@@ -169,32 +178,10 @@ class CompiledUpdate(FastUpdate):
     def _takes(self, transitions: Transitions) -> bool:
         """Whether the kernels, which look at nothing, compute all of a step on these transitions."""
         observations, actions, next_observations, dones, rewards = transitions
-        if not isinstance(self.adam, CompiledAdam) or not actions.shape == rewards.shape == dones.shape == (
-            len(observations),
-            1,
-        ):
+        has_one_of_each = actions.shape == rewards.shape == dones.shape == (len(observations), 1)
+        if not self._are_heads_alike or not isinstance(self.adam, CompiledAdam) or not has_one_of_each:
             return False
         return self.compiled_head.takes(observations) and self.compiled_target.takes(next_observations)
-
-    def _compiled_targets(self, transitions: Transitions, gamma: float, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """The targets of parts of the transitions, where there are several by the second thread."""
-        of_next = transitions.next_observations, transitions.rewards, transitions.dones
-        targets_of_rows = partial(kernels.td_targets, self.compiled_target, *of_next, gamma)
-        parts = self._parts(len(transitions.actions) // batch_size, batch_size)
-        if len(parts) == 1:
-            return iter([(parts[0], targets_of_rows(0, len(transitions.actions)))])
-        calls = [partial(targets_of_rows, part.start, part.stop) for part in parts]
-        tasks = self.second_thread.in_advance(calls, Work.TARGETS)
-        return ((part, task.result()) for part, task in zip(parts, tasks, strict=True))
-
-    def _compiled_steps(
-        self, features: np.ndarray, actions: np.ndarray, targets: np.ndarray, max_grad_norm: float | None, metrics: np.ndarray
-    ) -> None:
-        assert isinstance(self.adam, CompiledAdam)  # _takes has looked
-        of_theta = self.compiled_head, self.compiled_gradients, self._workspaces_for(len(actions) // len(metrics))
-        most = math.inf if max_grad_norm is None else max_grad_norm
-        with self._named_actions(actions):
-            kernels.gradient_steps(*of_theta, self.adam.for_kernels(), most, features, actions, targets, metrics)
 
     @contextmanager
     def _named_actions(self, actions: np.ndarray) -> Iterator[None]:
@@ -223,15 +210,15 @@ class CompiledUpdate(FastUpdate):
             return super()._head_gradients_of(features, super()._selections(selection, selection.size(0)), lambda: targets)
         features_gradient = th.empty_like(features) if self.has_trained_encoder else features[:0]
         q_values = features.new_empty(len(features), len(self.compiled_head.final_bias))
-        of_theta = self.compiled_head, self.compiled_gradients, self._workspaces_for(len(features))
+        of_theta = self.compiled_head, self.compiled_gradients, self._workspaces_for(len(features))[0]
         tensors = features.contiguous(), selection, targets.contiguous(), q_values, features_gradient
         with self._named_actions(selection.numpy()):
             kernels.squared_td_error_gradients(*of_theta, *map(th.Tensor.numpy, tensors))
         return q_values, targets, features_gradient if self.has_trained_encoder else None
 
-    def _workspaces_for(self, n_rows: int) -> tuple[Workspace, ...]:
-        if not self._workspaces or len(self._workspaces[0].means) != n_rows:
-            self._workspaces = self.compiled_head.workspaces(n_rows)
+    def _workspaces_for(self, n_rows: int) -> list[tuple[Workspace, ...]]:
+        if not self._workspaces or len(self._workspaces[0][0].means) != n_rows:
+            self._workspaces = [self.compiled_head.workspaces(n_rows) for _ in range(2)]
         return self._workspaces
 
     def _squared_norm(self) -> th.Tensor:

@@ -257,13 +257,9 @@ class GraphUpdate(FastUpdate):
         n_rows = 2**14 if self.has_vector_observations else 2**10
         return min(max(n_rows // batch_size, 1), 64)
 
-    def may_use_second_thread(self, n_updates: int) -> bool:
-        """
-        Whether two threads may share updates.
-
-        :param n_updates: How many updates they are
-        :return: ``False``: the GPU does the work
-        """
+    @property
+    def may_use_second_thread(self) -> bool:
+        """Never: the GPU does the work."""
         return False
 
     def steps(

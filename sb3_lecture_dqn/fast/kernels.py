@@ -11,6 +11,7 @@ shapes here: :mod:`sb3_lecture_dqn.fast.compiled_head` does.
 
 import math
 import os
+import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -292,6 +293,64 @@ def _multiply_few_columns(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: n
                 row[j] += factor * b[k, j]
 
 
+# --- Two threads ------------------------------------------------------------------------------------------------------------
+
+#: What a piece of work has come to: not yet possible, nobody's, somebody's, done.
+NOT_READY, READY, CLAIMED, DONE = range(4)
+
+#: Processors whose cores may have two threads, of which a waiting one should leave the core to the other.
+HYPERTHREADED = ("x86_64", "amd64")
+
+
+def _type_claim(_: Any, progress: Any, piece: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, number = _place_of_piece(context, builder, signature, arguments)
+        states = (ir.Constant(number, state) for state in (READY, CLAIMED))
+        return builder.extract_value(builder.cmpxchg(place, *states, "acq_rel", "acquire"), 1)
+
+    return types.boolean(progress, piece), build
+
+
+def _type_state(_: Any, progress: Any, piece: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, _ = _place_of_piece(context, builder, signature, arguments)
+        state = builder.load_atomic(place, "acquire", progress.dtype.bitwidth // 8)
+        if platform.machine().lower() in HYPERTHREADED:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return state
+
+    return progress.dtype(progress, piece), build
+
+
+def _type_set_state(_: Any, progress: Any, piece: Any, state: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, number = _place_of_piece(context, builder, signature, arguments)
+        builder.store_atomic(builder.trunc(arguments[2], number), place, "release", progress.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(progress, piece, types.int64), build
+
+
+def _place_of_piece(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
+    number = context.get_value_type(signature.args[0].dtype)
+    progress = make_array(signature.args[0])(context, builder, value=arguments[0])
+    return _place(builder, progress, number, arguments[1]), number
+
+
+#: Whether this thread, and no other, does a piece of work from now on: one that is ready and nobody's.
+_claim: Any = intrinsic(_type_claim)
+#: What a piece of work has come to; what has been written before is there.
+_state: Any = intrinsic(_type_state)
+_set_state: Any = intrinsic(_type_set_state)
+
+
+@compiled_once
+def _wait_until(progress: np.ndarray, piece: int, state: int) -> None:
+    while _state(progress, piece) < state:
+        pass
+
+
 # --- The layers -------------------------------------------------------------------------------------------------------------
 
 
@@ -486,37 +545,21 @@ def hidden_layer(
 
 
 @compiled
-def hidden_layer_backward(
-    layer: "CompiledLayer", gradients: "CompiledLayer", inputs: np.ndarray, kept: "Workspace", gradient: np.ndarray
-) -> None:
+def weight_gradient(inputs: np.ndarray, gradient: np.ndarray, result: np.ndarray) -> None:
     """
-    The gradients of the parameters of Linear → LayerNorm → LeakyReLU.
+    The gradient of W in x Wᵀ + b.
 
-    :param layer: The parameters
-    :param gradients: Where their gradients are written
     :param inputs: x, shape (B, in_features)
-    :param kept: Of the forward pass
-    :param gradient: The gradient of the activations, shape (B, n); overwritten by that of x Wᵀ + b
+    :param gradient: The gradient of x Wᵀ + b, shape (B, n)
+    :param result: Where it is written, shape (n, in_features)
     """
-    normalise_and_activate_backward(
-        gradient,
-        kept.outputs,
-        kept.activations,
-        kept.means,
-        kept.rstds,
-        layer.norm_weight,
-        layer.negative_slope,
-        gradients.norm_weight,
-        gradients.norm_bias,
-        gradients.bias,
-    )
-    n_outputs, n_inputs = layer.weight.shape
+    n_outputs, n_inputs = result.shape
     if n_inputs < n_outputs:  # so that the rows of the product are the longer ones
         transposed = np.empty((n_inputs, n_outputs), inputs.dtype)
         multiply(inputs.T, gradient, np.zeros(n_outputs, inputs.dtype), transposed)
-        transpose(transposed, gradients.weight)
+        transpose(transposed, result)
     else:
-        multiply(gradient.T, inputs, np.zeros(n_inputs, inputs.dtype), gradients.weight)
+        multiply(gradient.T, inputs, np.zeros(n_inputs, inputs.dtype), result)
 
 
 @compiled
@@ -564,6 +607,85 @@ def q_values_of_one(
 
 
 @compiled
+def forward_pass(
+    head: "CompiledHead", workspaces: "tuple[Workspace, ...]", features: np.ndarray, q_values: np.ndarray
+) -> None:
+    """
+    Q(s, ·, θ), keeping what :func:`backward_pass` needs.
+
+    :param head: Q's layers
+    :param workspaces: Memory for each hidden layer
+    :param features: What the encoder gives for s, shape (B, features_dim)
+    :param q_values: Where Q(s, ·, θ) is written, shape (B, |A|)
+    """
+    inputs = features
+    for layer, kept in zip(head.hidden_layers, workspaces):  # noqa: B905 Numba does not know strict
+        hidden_layer(layer, inputs, kept.outputs, kept.activations, kept.means, kept.rstds)
+        inputs = kept.activations
+    final_layer(inputs, head.final_weight, head.final_bias, q_values)
+
+
+@compiled
+def backward_pass(
+    head: "CompiledHead",
+    gradients: "CompiledHead",
+    workspaces: "tuple[Workspace, ...]",
+    features: np.ndarray,
+    actions: np.ndarray,
+    targets: np.ndarray,
+    q_values: np.ndarray,
+    features_gradient: np.ndarray,
+    progress: np.ndarray,
+) -> None:
+    """
+    The gradient of the mean of (Q(s, a, θ) − target)² (L12), but for the weights of the hidden layers above the first.
+
+    :param head: Q's layers
+    :param gradients: Where the gradients of their parameters are written
+    :param workspaces: Of :func:`forward_pass`
+    :param features: As for :func:`forward_pass`
+    :param actions: a, shape (B, 1)
+    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (B, 1)
+    :param q_values: Q(s, ·, θ), shape (B, |A|)
+    :param features_gradient: Where the gradient of the features is written, shape (B, features_dim), or (0, …) for nowhere
+    :param progress: Of the hidden layers' weights, shape (number of hidden layers,); those that are left are ready then
+    :raises IndexError: if an action is none of the environment's
+    """
+    last = len(workspaces) - 1
+    squared_td_error_backward(
+        workspaces[last].activations,
+        head.final_weight,
+        q_values,
+        actions,
+        targets,
+        workspaces[last].gradient,
+        gradients.final_weight,
+        gradients.final_bias,
+    )
+    for i in range(last, -1, -1):
+        layer, of_layer, kept = head.hidden_layers[i], gradients.hidden_layers[i], workspaces[i]
+        normalise_and_activate_backward(
+            kept.gradient,
+            kept.outputs,
+            kept.activations,
+            kept.means,
+            kept.rstds,
+            layer.norm_weight,
+            layer.negative_slope,
+            of_layer.norm_weight,
+            of_layer.norm_bias,
+            of_layer.bias,
+        )
+        if i > 0:
+            _set_state(progress, i, READY)
+        else:
+            weight_gradient(features, kept.gradient, of_layer.weight)
+        of_inputs = workspaces[i - 1].gradient if i > 0 else features_gradient
+        if len(of_inputs) > 0:
+            multiply(kept.gradient, layer.weight, np.zeros(layer.weight.shape[1], features.dtype), of_inputs)
+
+
+@compiled
 def squared_td_error_gradients(
     head: "CompiledHead",
     gradients: "CompiledHead",
@@ -587,30 +709,11 @@ def squared_td_error_gradients(
     :param features_gradient: Where the gradient of the features is written, shape (B, features_dim), or (0, …) for nowhere
     :raises IndexError: if an action is none of the environment's
     """
-    inputs = features
-    for layer, kept in zip(head.hidden_layers, workspaces):  # noqa: B905 Numba does not know strict
-        hidden_layer(layer, inputs, kept.outputs, kept.activations, kept.means, kept.rstds)
-        inputs = kept.activations
-    final_layer(inputs, head.final_weight, head.final_bias, q_values)
-
-    last = len(workspaces) - 1
-    squared_td_error_backward(
-        inputs,
-        head.final_weight,
-        q_values,
-        actions,
-        targets,
-        workspaces[last].gradient,
-        gradients.final_weight,
-        gradients.final_bias,
-    )
-    for i in range(last, -1, -1):
-        layer, gradient = head.hidden_layers[i], workspaces[i].gradient
-        inputs = workspaces[i - 1].activations if i > 0 else features
-        hidden_layer_backward(layer, gradients.hidden_layers[i], inputs, workspaces[i], gradient)
-        of_inputs = workspaces[i - 1].gradient if i > 0 else features_gradient
-        if len(of_inputs) > 0:
-            multiply(gradient, layer.weight, np.zeros(layer.weight.shape[1], features.dtype), of_inputs)
+    progress = np.zeros(len(workspaces), np.int64)
+    forward_pass(head, workspaces, features, q_values)
+    backward_pass(head, gradients, workspaces, features, actions, targets, q_values, features_gradient, progress)
+    for i in range(1, len(workspaces)):
+        weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
 
 
 @compiled_once
@@ -659,30 +762,40 @@ def td_metrics(q_values: np.ndarray, actions: np.ndarray, targets: np.ndarray) -
 
 @compiled
 def td_targets(
-    head: "CompiledHead", next_features: np.ndarray, rewards: np.ndarray, dones: np.ndarray, gamma: float, begin: int, end: int
-) -> np.ndarray:
+    head: "CompiledHead",
+    workspaces: "tuple[Workspace, ...]",
+    next_features: np.ndarray,
+    rewards: np.ndarray,
+    dones: np.ndarray,
+    gamma: float,
+    targets: np.ndarray,
+) -> None:
     """
-    The targets (L12) of some transitions: r + ¬d γ max_a' Q(s', a', ψ).
+    The targets (L12): r + ¬d γ max_a' Q(s', a', ψ).
 
     :param head: ψ's layers
-    :param next_features: What the encoder gives for s', shape (n, features_dim)
-    :param rewards: r, shape (n, 1)
-    :param dones: d, shape (n, 1)
+    :param workspaces: Memory for each hidden layer, of which only ``gradient`` is written
+    :param next_features: What the encoder gives for s', shape (B, features_dim)
+    :param rewards: r, shape (B, 1)
+    :param dones: d, shape (B, 1)
     :param gamma: γ
-    :param begin: The first of them
-    :param end: The one behind the last
-    :return: Targets, shape (end − begin, 1)
+    :param targets: Where they are written, shape (B, 1)
     """
-    next_q_values = q_values(head, next_features[begin:end])
-    targets, discount = np.empty((end - begin, 1), rewards.dtype), rewards.dtype.type(gamma)
-    for i in range(end - begin):
+    n_rows, features = len(next_features), next_features
+    means, rstds = np.empty(n_rows, features.dtype), np.empty(n_rows, features.dtype)
+    for layer, kept in zip(head.hidden_layers, workspaces):  # noqa: B905 Numba does not know strict
+        hidden_layer(layer, features, kept.gradient, kept.gradient, means, rstds)
+        features = kept.gradient
+    next_q_values = np.empty((n_rows, len(head.final_bias)), features.dtype)
+    final_layer(features, head.final_weight, head.final_bias, next_q_values)
+    discount = features.dtype.type(gamma)
+    for i in range(n_rows):
         largest = next_q_values[i, 0]
         for action in range(1, next_q_values.shape[1]):
             q_value = next_q_values[i, action]
             if q_value > largest or math.isnan(q_value):
                 largest = q_value
-        targets[i, 0] = rewards[begin + i, 0] + (1 - dones[begin + i, 0]) * discount * largest
-    return targets
+        targets[i, 0] = rewards[i, 0] + (1 - dones[i, 0]) * discount * largest
 
 
 # --- The optimizer ----------------------------------------------------------------------------------------------------------
@@ -756,46 +869,86 @@ def adam_step(adam: AdamArguments) -> None:
 
 @compiled
 def gradient_steps(
+    is_first_thread: bool,
+    scratch: "tuple[Workspace, ...]",
     head: "CompiledHead",
+    target_head: "CompiledHead",
     gradients: "CompiledHead",
     workspaces: "tuple[Workspace, ...]",
     adam: AdamArguments,
     max_grad_norm: float,
-    features: np.ndarray,
-    actions: np.ndarray,
+    gamma: float,
+    transitions: "Transitions",
     targets: np.ndarray,
     metrics: np.ndarray,
+    progress: np.ndarray,
 ) -> None:
     """
     Gradient steps on the mean of (Q(s, a, θ) − target)² (L12), one for each batch.
 
-    :param head: As for :func:`squared_td_error_gradients`; its parameters are views of θ
-    :param gradients: As for :func:`squared_td_error_gradients`; these are views of the gradient of θ
-    :param workspaces: As for :func:`squared_td_error_gradients`, for B rows
+    A second thread that calls this with the same arrays takes pieces of it: the targets of a batch, and the gradients of the
+    hidden layers' weights above the first. Who comes first to a piece claims it; the first thread waits for nothing that
+    nobody has claimed. Both run the same instructions, so that it makes no difference to the result who does what.
+
+    :param is_first_thread: Whether this is the one that does all that the other has not claimed
+    :param scratch: Memory for each hidden layer for the targets, the thread's own: of the first one, the workspaces
+    :param head: θ's layers, whose parameters are views of Adam's θ
+    :param target_head: ψ's layers, of the same shapes
+    :param gradients: Where the gradients of θ's layers are written; views of Adam's gradient
+    :param workspaces: Memory for each hidden layer, for B rows
     :param adam: As for :func:`adam_step`
     :param max_grad_norm: As for :func:`clip`
-    :param features: s of one batch after the other, shape (n · B, features_dim)
-    :param actions: a, shape (n · B, 1)
-    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (n · B, 1)
+    :param gamma: γ
+    :param transitions: Those of one batch after the other, n · B rows
+    :param targets: Where the targets are written, shape (n · B, 1)
     :param metrics: Where the loss, the mean Q(s, a, θ), the mean target and ‖gradient‖ of each step are written, shape (n, 4)
+    :param progress: Of each step's targets (``READY``) and of the weights of its hidden layers from the second on
+        (``NOT_READY``), shape (n, number of hidden layers); all ``DONE`` keeps the second thread from anything more
     :raises IndexError: if an action is none of the environment's; nothing is changed then
     """
-    n_actions, n_steps = len(head.final_bias), len(metrics)
-    for i in range(len(actions)):
-        if actions[i, 0] < 0 or actions[i, 0] >= n_actions:
-            raise IndexError
+    observations, actions = transitions.observations, transitions.actions
+    n_actions, n_steps, last = len(head.final_bias), len(metrics), len(workspaces) - 1
+    if is_first_thread:
+        for i in range(len(actions)):
+            if actions[i, 0] < 0 or actions[i, 0] >= n_actions:
+                raise IndexError
     batch_size = len(actions) // n_steps
-    q_values = np.empty((batch_size, n_actions), features.dtype)
+    q_values = np.empty((batch_size, n_actions), observations.dtype)
     for step in range(n_steps):
-        begin, end = step * batch_size, (step + 1) * batch_size
-        squared_td_error_gradients(
-            head, gradients, workspaces, features[begin:end], actions[begin:end], targets[begin:end], q_values, features[:0]
-        )
-        metrics[step, :3] = td_metrics(q_values, actions[begin:end], targets[begin:end])
-        gradient_norm = math.sqrt(squared_norm(adam.gradient))
-        metrics[step, 3] = gradient_norm
-        clip(adam.gradient, gradient_norm, max_grad_norm)
-        adam_step(adam)
+        rows, pieces = slice(step * batch_size, (step + 1) * batch_size), progress[step]
+        if is_first_thread:
+            forward_pass(head, workspaces, observations[rows], q_values)
+        if _claim(pieces, 0):
+            of_next = transitions.next_observations[rows]
+            td_targets(target_head, scratch, of_next, transitions.rewards[rows], transitions.dones[rows], gamma, targets[rows])
+            _set_state(pieces, 0, DONE)
+        if is_first_thread:
+            _wait_until(pieces, 0, DONE)
+            backward_pass(
+                head,
+                gradients,
+                workspaces,
+                observations[rows],
+                actions[rows],
+                targets[rows],
+                q_values,
+                observations[:0],
+                pieces,
+            )
+        for i in range(last, 0, -1):
+            if not is_first_thread:
+                _wait_until(pieces, i, READY)
+            if _claim(pieces, i):
+                weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
+                _set_state(pieces, i, DONE)
+        if is_first_thread:
+            for i in range(1, last + 1):
+                _wait_until(pieces, i, DONE)
+            metrics[step, :3] = td_metrics(q_values, actions[rows], targets[rows])
+            gradient_norm = math.sqrt(squared_norm(adam.gradient))
+            metrics[step, 3] = gradient_norm
+            clip(adam.gradient, gradient_norm, max_grad_norm)
+            adam_step(adam)
 
 
 def is_compiling() -> bool:
@@ -829,5 +982,5 @@ def compile_for(
     squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets, features)
     squared_norm(row)
     adam_step(adam)
-    td_targets(head, features, targets, targets, 0.0, 0, 1)
-    gradient_steps(head, head, workspaces, adam, np.inf, features, actions, targets, np.zeros((1, 4), dtype))
+    heads, results = (head, head, head), (targets, np.zeros((1, 4), dtype), np.full((1, len(workspaces)), DONE))
+    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, 0.0, transitions, *results)

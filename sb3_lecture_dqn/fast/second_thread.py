@@ -68,6 +68,10 @@ class Task(Generic[T]):
             raise self._error
         return self._results[0]
 
+    def withdraw(self) -> None:
+        """Let nobody begin it from now on."""
+        self._begun.acquire(blocking=False)
+
     def wait(self) -> None:
         """Wait for who has begun it."""
         with self._running:

@@ -242,13 +242,9 @@ class FastUpdate:
         """
         return max(1024 // batch_size, 1)
 
-    def may_use_second_thread(self, n_updates: int) -> bool:
-        """
-        Whether two threads may share updates, which an encoder that we do not know may not bear.
-
-        :param n_updates: How many updates they are
-        :return: Whether they may
-        """
+    @property
+    def may_use_second_thread(self) -> bool:
+        """Whether two threads may share an update, which an encoder that we do not know may not bear."""
         return not self.needs_training_mode
 
     def multiply_adds(self, batch_size: int) -> int | None:
