@@ -182,7 +182,7 @@ def _cost_on(n_threads: int, model: Any, batch_size: int) -> float:
 def print_second_thread() -> None:
     """A gradient step with nothing for the second thread, with the targets, and with the gradients too, blocks in turn."""
     th.set_num_threads(2)
-    SecondThread.trial = 0  # this decides, not the measurement while training
+    SecondThread.repetitions = 0  # this decides, not the measurement while training
     print(
         "| batch | width | one core busy | µs with nothing | with the targets | with the gradients too |",
         "|---|---|---|---|---|---|",

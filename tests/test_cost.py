@@ -81,11 +81,11 @@ def test_a_gradient_step_needs_nothing_of_pytorch_and_a_training_call_seven_oper
     assert shared <= 7
 
 
-def test_a_training_call_is_two_compiled_calls_for_the_first_batch_and_two_for_the_next_three() -> None:
+def test_a_training_call_is_two_compiled_calls_for_up_to_eight_batches() -> None:
     model = trained_model()
-    for n_steps, n_parts in ((1, 1), (4, 2), (7, 3)):
+    for n_steps, n_draws in ((1, 1), (8, 1), (9, 2)):
         counts = calls_of_kernels(lambda n_steps=n_steps: model.train(n_steps, 128))
-        assert counts == {"td_targets": n_parts, "gradient_steps": n_parts}
+        assert counts == {"read_transitions": n_draws, "gradient_steps": n_draws}
 
 
 @pytest.mark.usefixtures("without_a_compiler")

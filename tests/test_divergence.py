@@ -313,7 +313,7 @@ def test_watching_reads_nothing_more_from_the_device(monkeypatch: pytest.MonkeyP
     for name in ("item", "__float__", "__bool__"):
         monkeypatch.setattr(th.Tensor, name, lambda tensor, _name=name: reads.append(_name))
     means = RunningMeans(("loss", "q_values", "td_target", "gradient_norm"))
-    means.add(lambda _: 4 * (th.ones(1),), None)
+    means.add(lambda _: th.ones(4, 1), None)
     model._training_metrics = means
     model._record_training_metrics()
     assert reads == ["tolist"]

@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from sb3_lecture_dqn.fast.compiled_head import CompiledHead
 from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
 from sb3_lecture_dqn.fast.compiling import can_compile
 from sb3_lecture_dqn.fast.head import read_head
+from sb3_lecture_dqn.fast.second_thread import Work
+from sb3_lecture_dqn.fast.stored_transitions import Transitions
 from sb3_lecture_dqn.fast.threads import SMALL_WORK
 from sb3_lecture_dqn.fast.update import FastUpdate
 from sb3_lecture_dqn.lecture_dqn import squared_td_error, td_target
@@ -181,16 +185,21 @@ def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: l
     model, head = small_head(dtype, net_arch)
     observations = th.randn(19, 4, dtype=dtype)
     expected = model.q_net_target.q_net(observations)
-    assert_close(head.q_values(observations).numpy(), expected)
+    assert_close(head.q_values(observations.numpy()), expected)
     for observation, q_values in zip(observations, expected, strict=True):
         assert_close(head.for_one()(observation[None].numpy()), q_values[None])
+
+
+def transitions_of(observations: np.ndarray, actions: np.ndarray, targets: np.ndarray) -> Transitions:
+    """Transitions that end an episode, so that the targets are the rewards."""
+    return Transitions(observations, actions, observations[::-1].copy(), np.ones_like(targets), targets)
 
 
 def test_where_arrays_lie_does_not_change_a_bit() -> None:
     """A small network's are neighbours of others in one run and not in the next."""
     generator = np.random.default_rng(0)
     features, targets = random(8, 4, dtype=np.float32), random(8, 1, dtype=np.float32)
-    actions, metrics = np.arange(8)[:, None] % 2, np.empty((1, 4), np.float32)
+    actions, dones = np.arange(8)[:, None] % 2, np.arange(8, dtype=np.float32)[:, None] % 3 % 2
     results: set[bytes] = set()
     kept: list[Any] = []
     for _ in range(300):
@@ -198,7 +207,8 @@ def test_where_arrays_lie_does_not_change_a_bit() -> None:
         kept.append([np.empty(size, np.float32) for size in generator.integers(1, 300, size=6)])
         update = CompiledUpdate.for_policy(model.policy)
         assert isinstance(update, CompiledUpdate)
-        update._compiled_steps(features.copy(), actions.copy(), targets.copy(), np.inf, metrics)
+        arrays = (features, actions, features[::-1], dones, targets)
+        metrics = update._compiled_steps(Transitions(*map(np.array, arrays)), 0.9, 8, None)
         kept.append(update)
         if len(kept) > 40:
             del kept[: generator.integers(1, 30)]
@@ -211,16 +221,18 @@ def test_targets_are_the_lectures() -> None:
     next_observations, rewards = th.randn(20, 4, dtype=th.float64), th.randn(20, 1, dtype=th.float64)
     dones = (th.arange(20)[:, None] % 3 == 0).double()
     arrays = (tensor.numpy() for tensor in (next_observations, rewards, dones))
-    targets = kernels.td_targets(head, *arrays, 0.9, 4, 17)
-    assert_close(targets, td_target(rewards, dones, model.q_net_target.q_net(next_observations), 0.9)[4:17])
+    targets = np.full((20, 1), np.nan)
+    kernels.td_targets(head, head.workspaces(20), *arrays, 0.9, targets)
+    assert_close(targets, td_target(rewards, dones, model.q_net_target.q_net(next_observations), 0.9))
 
 
 @pytest.mark.parametrize("action", range(2))
 def test_a_nan_among_the_next_q_values_is_a_nan_in_the_target(action: int) -> None:
     _, head = small_head(th.float32, [33])
     head.final_bias[action] = np.nan
-    features, zeros = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
-    assert np.isnan(kernels.td_targets(head, features, zeros, zeros, 0.9, 0, 3)).all()
+    features, zeros, targets = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32)
+    kernels.td_targets(head, head.workspaces(3), features, zeros, zeros, 0.9, targets)
+    assert np.isnan(targets).all()
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
@@ -238,9 +250,8 @@ def test_gradient_steps_in_one_call_are_those_of_the_plain_path(max_grad_norm: f
         th.manual_seed(call)
         observations, targets = th.randn(5 * 16, 4, dtype=th.float64), th.randn(5 * 16, 1, dtype=th.float64)
         actions = th.randint(2, (5 * 16, 1))
-        metrics = np.full((5, 4), np.nan)
-        clipping = np.inf if max_grad_norm is None else max_grad_norm
-        update._compiled_steps(observations.numpy(), actions.numpy(), targets.numpy(), clipping, metrics)
+        arrays = (tensor.numpy() for tensor in (observations, actions, targets))
+        metrics = update._compiled_steps(transitions_of(*arrays), 0.9, 16, max_grad_norm)
         for step in range(5):
             rows = slice(step * 16, (step + 1) * 16)
             q_values = plain.q_net.q_net(observations[rows]).gather(1, actions[rows])
@@ -258,6 +269,101 @@ def test_gradient_steps_in_one_call_are_those_of_the_plain_path(max_grad_norm: f
     for ours, theirs in zip(*(state.values() for state in states), strict=True):
         assert ours["step"] == theirs["step"] == 500
         assert th.allclose(ours["exp_avg_sq"], theirs["exp_avg_sq"], rtol=1e-7, atol=0)
+
+
+# Two threads
+
+
+class Steps:
+    """Two gradient steps on the same transitions with the same network, by one thread or two."""
+
+    def __init__(self, net_arch: list[int]) -> None:
+        model, _ = small_head(th.float32, net_arch)
+        update = CompiledUpdate.for_policy(model.policy)
+        assert isinstance(update, CompiledUpdate)
+        self.update = update
+        self.observations, self.next_observations = random(2 * 16, 4, dtype=np.float32), random(32, 4, dtype=np.float32) ** 2
+        self.actions, self.rewards = np.arange(2 * 16)[:, None] % 2, random(2 * 16, 1, dtype=np.float32)
+        self.transitions = Transitions(
+            self.observations, self.actions, self.next_observations, np.zeros_like(self.rewards), self.rewards
+        )
+
+    def by(self, work: Work) -> bytes:
+        """All results of both steps, with some work given to the second thread."""
+        self.update.second_thread._given = work
+        metrics = self.update._compiled_steps(self.transitions, 0.9, 16, 0.5)
+        return metrics.tobytes() + self.update.gradient.numpy().tobytes() + self.update.theta.numpy().tobytes()
+
+
+@pytest.mark.parametrize("net_arch", [[33], [64, 48], [40, 7, 33]])
+def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Steps(net_arch).by(Work.NOTHING)
+    kernel, done_by_second = kernels.gradient_steps, []
+
+    def begin_second(is_first_thread: bool, *args: Any) -> None:
+        progress = args[-1]
+        while is_first_thread and progress[0, 0] != kernels.DONE:  # until the second thread has computed the first targets
+            time.sleep(1e-4)
+        done_by_second.append((progress == kernels.DONE).sum() if is_first_thread else 0)
+        kernel(is_first_thread, *args)
+        assert (progress == kernels.DONE).all()
+
+    monkeypatch.setattr(kernels, "gradient_steps", begin_second)
+    for _ in range(20):
+        assert Steps(net_arch).by(Work.GRADIENTS) == expected
+    assert sum(done_by_second) >= 20
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_weights_gradient_is_computed_by_who_claims_it(waits: bool) -> None:
+    steps = Steps([24, 40])
+    expected = steps.by(Work.NOTHING)
+    workspaces, gradients = steps.update._workspaces[0], steps.update.compiled_gradients
+    weight = gradients.hidden_layers[1].weight
+    after_the_steps = weight.copy()
+    for state, is_computed in ((kernels.READY, True), (kernels.CLAIMED, False), (kernels.DONE, False)):
+        weight[:] = 0
+        pieces = np.array([kernels.DONE, state])
+        kernels.weight_gradients_if_nobodys(pieces, waits, workspaces, gradients)
+        assert pieces[1] == (kernels.DONE if is_computed else state)
+        if is_computed:
+            clipped = after_the_steps / np.linalg.norm(after_the_steps)
+            np.testing.assert_allclose(weight / np.linalg.norm(weight), clipped, rtol=1e-3, atol=1e-6)
+        else:
+            assert not weight.any()
+    assert expected
+
+
+def test_targets_are_computed_by_who_claims_them() -> None:
+    steps = Steps([24])
+    (workspaces, scratch), head = steps.update._workspaces_for(16), steps.update.compiled_target
+    for state, is_computed in ((kernels.READY, True), (kernels.CLAIMED, False), (kernels.DONE, False)):
+        pieces, targets = np.array([state]), np.full((32, 1), np.nan, np.float32)
+        kernels.td_targets_if_nobodys(pieces, head, scratch, steps.transitions, slice(16, 32), 0.9, targets)
+        assert np.isnan(targets).sum() == (16 if is_computed else 32)
+        assert pieces[0] == (kernels.DONE if is_computed else state)
+    assert workspaces is not scratch
+
+
+def test_the_second_thread_is_free_again_after_an_error() -> None:
+    steps = Steps([24, 40])
+    steps.actions[7] = 2
+    with pytest.raises(IndexError):
+        steps.by(Work.GRADIENTS)
+    has_come = threading.Event()
+    steps.update.second_thread.start(has_come.set, Work.GRADIENTS)
+    assert has_come.wait(timeout=600)
+
+
+def test_a_second_thread_that_comes_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps([24, 40])
+    late: list[Callable[[], Any]] = []
+    start = steps.update.second_thread.start
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, work: (late.append(call), start(call, work))[1])
+    expected = steps.by(Work.NOTHING)
+    late[0]()
+    results = steps.update.gradient.numpy().tobytes() + steps.update.theta.numpy().tobytes()
+    assert expected.endswith(results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -384,7 +490,7 @@ def test_without_a_compiler_pytorchs_operations_are_used(monkeypatch: pytest.Mon
 def test_work_for_several_threads_is_left_to_pytorch_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     kernel = kernels.gradient_steps
-    monkeypatch.setattr(kernels, "gradient_steps", lambda *args: (sizes.append(len(args[-2])), kernel(*args))[1])
+    monkeypatch.setattr(kernels, "gradient_steps", lambda *args: (sizes.append(len(args[-3])), kernel(*args))[1])
     model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), learning_starts=0, seed=0)
     most_rows = SMALL_WORK // sum(parameter.numel() for parameter in model.q_net.parameters())
     model.learn(8)
@@ -419,7 +525,7 @@ def test_batches_of_another_size_get_memory_of_their_own() -> None:
         model.train(2, batch_size)
         update = model._fast_update
         assert isinstance(update, CompiledUpdate)
-        assert [len(workspace.means) for workspace in update._workspaces] == [batch_size]
+        assert [len(workspace.means) for (workspace,) in update._workspaces] == 2 * [batch_size]
 
 
 def test_targets_that_are_not_one_for_each_action_are_pytorchs_error() -> None:

@@ -18,8 +18,8 @@ from sb3_lecture_dqn import LectureDQN
 from sb3_lecture_dqn.metrics import RunningMeans
 
 
-def joined(kept: Sequence[Sequence[th.Tensor]]) -> list[th.Tensor]:
-    return [th.cat(values) for values in zip(*kept, strict=True)]
+def joined(kept: Sequence[Sequence[th.Tensor]]) -> th.Tensor:
+    return th.stack([th.cat(values) for values in zip(*kept, strict=True)])
 
 
 def test_running_means_are_means_since_the_last_read() -> None:
@@ -36,9 +36,9 @@ def test_running_means_are_means_since_the_last_read() -> None:
 def test_running_means_of_two_kinds_are_computed_by_one_call_for_each_row_of_a_kind() -> None:
     calls: list[int] = []
 
-    def doubled(kept: Sequence[float]) -> list[th.Tensor]:
+    def doubled(kept: Sequence[float]) -> th.Tensor:
         calls.append(len(kept))
-        return [2 * th.tensor(kept)]
+        return 2 * th.tensor([kept])
 
     means = RunningMeans(("loss",))
     means.add(doubled, 1.0)

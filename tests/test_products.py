@@ -189,7 +189,7 @@ def test_a_run_with_automatic_mixed_precision_acts_by_the_policy_itself() -> Non
 
 @pytest.mark.usefixtures("without_a_compiler")
 def test_either_thread_computes_the_same_by_onednn(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SecondThread, "trial", 0)
+    monkeypatch.setattr(SecondThread, "repetitions", 0)
     parameters = []
     for work in Work:
         th.set_num_threads(2)

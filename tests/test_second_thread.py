@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch as th
@@ -77,6 +78,17 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
     lives_on = threading.Event()
     used.start(lives_on.set, Work.GRADIENTS)
     assert lives_on.wait(timeout=600)
+
+
+def test_a_task_that_was_withdrawn_is_computed_by_nobody(used: SecondThread) -> None:
+    calls: list[str] = []
+    may_go_on, is_behind_it = threading.Event(), threading.Event()
+    used.start(may_go_on.wait, Work.GRADIENTS)
+    used.start(lambda: calls.append(this_thread()), Work.GRADIENTS).withdraw()
+    used.start(is_behind_it.set, Work.GRADIENTS)
+    may_go_on.set()
+    assert is_behind_it.wait(timeout=600)
+    assert calls == []
 
 
 def test_whoever_waits_for_several_tasks_waits_for_all_even_if_one_fails(used: SecondThread) -> None:
@@ -195,7 +207,7 @@ class ExtractorOfAUsersOwn(FlattenExtractor):
 
 def trained(monkeypatch: pytest.MonkeyPatch, work: Work, threads: int = 2, **kwargs: object) -> LectureDQN:
     """A model whose training calls give some work to the second thread."""
-    monkeypatch.setattr(SecondThread, "trial", 0)
+    monkeypatch.setattr(SecondThread, "repetitions", 0)
     settings = {"learning_starts": 40, "batch_size": 32, "gradient_steps": 30, **kwargs}
     model = LectureDQN("MlpPolicy", "CartPole-v1", seed=0, **settings)  # type: ignore[arg-type]
     th.set_num_threads(threads)
@@ -256,14 +268,14 @@ def test_metrics_that_are_read_later_are_those_of_their_steps(monkeypatch: pytes
     add = RunningMeans.add
 
     def add_and_look(means: RunningMeans, metrics_of: MetricsOf, kept: Any) -> None:
-        then.append(th.stack(list(metrics_of([kept]))))
+        then.append(metrics_of([kept]).clone())
         add(means, metrics_of, kept)
 
     monkeypatch.setattr(RunningMeans, "add", add_and_look)
     model = trained(monkeypatch, Work.GRADIENTS, gradient_steps=6)
     for _ in range(4):
         model.train(2, 32)
-    later = [th.stack(list(metrics_of([kept]))) for metrics_of, kept in model._training_metrics._not_summed]
+    later = [metrics_of([kept]) for metrics_of, kept in model._training_metrics._not_summed]
     assert 4 <= len(later) < len(then)
     for now, before in zip(reversed(later), reversed(then), strict=False):
         assert th.equal(now, before)
@@ -277,6 +289,7 @@ def test_metrics_that_are_read_later_keep_no_observations(monkeypatch: pytest.Mo
         drawn.append(weakref.ref(array if array.base is None else array.base))
         return to_device(buffer, array)
 
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)  # what is compiled leaves numbers
     monkeypatch.setattr(ContiguousReplayBuffer, "_to_device", note)
     model = trained(monkeypatch, Work.NOTHING, gradient_steps=6)
     model.train(6, 32)
@@ -296,7 +309,7 @@ def decisions(
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     second_thread = SecondThread()
     given = []
-    for _ in range(SecondThread.warm_up + SecondThread.period + SecondThread.trial):
+    for _ in range(second_thread.warm_up + second_thread.period + second_thread.trial):
         with second_thread.measured(may_be_used, gradient_steps=4):
             given.append(second_thread._given)
             now[0] += training[given[-1]]
@@ -318,7 +331,7 @@ def decisions(
 def test_it_is_given_what_makes_training_and_collecting_quickest_and_that_is_tried_again_later(
     monkeypatch: pytest.MonkeyPatch, training: list[float], collection: list[float], quickest: Work
 ) -> None:
-    trial, period = SecondThread.trial, SecondThread.period
+    trial, period = SecondThread().trial, SecondThread.period
     given = decisions(monkeypatch, training, collection)
     assert set(given[: SecondThread.warm_up]) == {Work.NOTHING}
     given = given[SecondThread.warm_up :]
@@ -330,7 +343,7 @@ def test_it_is_given_what_makes_training_and_collecting_quickest_and_that_is_tri
 def test_the_first_call_of_each_block_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: 0.0)
     second_thread = SecondThread()
-    for _ in range(SecondThread.warm_up + SecondThread.trial - 1):
+    for _ in range(second_thread.warm_up + second_thread.trial - 1):
         with second_thread.measured(may_be_used=True, gradient_steps=1):
             pass
     n_calls = [len(seconds) for seconds in second_thread._seconds.values()]

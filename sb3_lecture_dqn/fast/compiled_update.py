@@ -132,30 +132,31 @@ class CompiledUpdate(FastUpdate):
         transitions = self._read(samples) if isinstance(samples, DrawnRows) else self._arrays_of(samples)
         if transitions is None or not self._takes(transitions):
             return super().steps(_tensors_of(samples, transitions), targets_of, batch_size, max_grad_norm)
-        assert isinstance(self.adam, CompiledAdam)  # _takes has looked
-        n_updates = len(transitions.actions) // batch_size
-        metrics = np.empty((n_updates, 4), self._flat_gradient.dtype)
-        heads = self.compiled_head, self.compiled_target, self.compiled_gradients
-        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm, targets_of.gamma
         with self._named_actions(transitions.actions):
-            self._compiled_steps(heads, settings, (transitions, np.empty_like(transitions.rewards), metrics), batch_size)
-        return metrics
+            return self._compiled_steps(transitions, targets_of.gamma, batch_size, max_grad_norm)
 
     def _compiled_steps(
-        self, heads: tuple[Any, ...], settings: tuple[Any, ...], of_batches: tuple[Any, ...], batch_size: int
-    ) -> None:
-        """Call the kernel, in both threads where the second one is given something."""
+        self, transitions: Transitions, gamma: float, batch_size: int, max_grad_norm: float | None
+    ) -> np.ndarray:
+        """Call the kernel, in both threads where the second one is given something; gives the metrics."""
+        assert isinstance(self.adam, CompiledAdam)  # _takes has looked
         workspaces, scratch_of_second = self._workspaces_for(batch_size)
-        progress = np.full((len(of_batches[-1]), len(workspaces)), kernels.NOT_READY)
+        n_updates, number = len(transitions.actions) // batch_size, self._flat_gradient.dtype
+        targets, metrics = np.empty_like(transitions.rewards), np.empty((n_updates, 4), number)
+        progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY)
         progress[:, 0] = kernels.READY
-        shared = *heads, workspaces, *settings, *of_batches, progress
+        heads = self.compiled_head, self.compiled_target, self.compiled_gradients
+        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm, gamma
+        shared = *heads, workspaces, *settings, transitions, targets, metrics, progress
         try:
-            task = self.second_thread.start(partial(kernels.gradient_steps, False, scratch_of_second, *shared), Work.GRADIENTS)
+            help_with_it = partial(kernels.gradient_steps, False, scratch_of_second, *shared)
+            task = self.second_thread.start(help_with_it, Work.GRADIENTS)
             kernels.gradient_steps(True, workspaces, *shared)
             task.withdraw()
         except BaseException:
             progress[:] = kernels.DONE  # so that the second thread does not wait for what never comes
             raise
+        return metrics
 
     def _read(self, drawn: DrawnRows) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)

@@ -868,6 +868,85 @@ def adam_step(adam: AdamArguments) -> None:
 
 
 @compiled
+def clipped_adam_step(adam: AdamArguments, max_grad_norm: float) -> float:
+    """
+    Clip the gradient, and make a step of Adam with it.
+
+    :param adam: As for :func:`adam_step`
+    :param max_grad_norm: As for :func:`clip`
+    :return: ‖gradient‖ before clipping
+    """
+    gradient_norm = math.sqrt(squared_norm(adam.gradient))
+    clip(adam.gradient, gradient_norm, max_grad_norm)
+    adam_step(adam)
+    return gradient_norm
+
+
+# --- A gradient step --------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def check_actions(actions: np.ndarray, n_actions: int) -> None:
+    """
+    Look at the actions of transitions.
+
+    :param actions: a, shape (n, 1)
+    :param n_actions: |A|
+    :raises IndexError: if an action is none of the environment's
+    """
+    for i in range(len(actions)):
+        if actions[i, 0] < 0 or actions[i, 0] >= n_actions:
+            raise IndexError
+
+
+@compiled
+def td_targets_if_nobodys(
+    pieces: np.ndarray,
+    target_head: "CompiledHead",
+    scratch: "tuple[Workspace, ...]",
+    transitions: "Transitions",
+    rows: slice,
+    gamma: float,
+    targets: np.ndarray,
+) -> None:
+    """
+    Compute the targets of a batch, unless the other thread does.
+
+    :param pieces: What the pieces of the step have come to
+    :param target_head: As for :func:`gradient_steps`
+    :param scratch: As for :func:`gradient_steps`
+    :param transitions: As for :func:`gradient_steps`
+    :param rows: Those of the batch
+    :param gamma: As for :func:`gradient_steps`
+    :param targets: As for :func:`gradient_steps`
+    """
+    if _claim(pieces, 0):
+        of_next = transitions.next_observations[rows]
+        td_targets(target_head, scratch, of_next, transitions.rewards[rows], transitions.dones[rows], gamma, targets[rows])
+        _set_state(pieces, 0, DONE)
+
+
+@compiled
+def weight_gradients_if_nobodys(
+    pieces: np.ndarray, waits: bool, workspaces: "tuple[Workspace, ...]", gradients: "CompiledHead"
+) -> None:
+    """
+    Compute the gradients of the hidden layers' weights from the second layer on, but for what the other thread does.
+
+    :param pieces: What the pieces of the step have come to
+    :param waits: Whether the other thread is still to say that a piece is ready
+    :param workspaces: As for :func:`gradient_steps`
+    :param gradients: As for :func:`gradient_steps`
+    """
+    for i in range(len(workspaces) - 1, 0, -1):
+        if waits:
+            _wait_until(pieces, i, READY)
+        if _claim(pieces, i):
+            weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
+            _set_state(pieces, i, DONE)
+
+
+@compiled
 def gradient_steps(
     is_first_thread: bool,
     scratch: "tuple[Workspace, ...]",
@@ -906,49 +985,26 @@ def gradient_steps(
         (``NOT_READY``), shape (n, number of hidden layers); all ``DONE`` keeps the second thread from anything more
     :raises IndexError: if an action is none of the environment's; nothing is changed then
     """
-    observations, actions = transitions.observations, transitions.actions
-    n_actions, n_steps, last = len(head.final_bias), len(metrics), len(workspaces) - 1
+    n_actions, n_steps = len(head.final_bias), len(metrics)
     if is_first_thread:
-        for i in range(len(actions)):
-            if actions[i, 0] < 0 or actions[i, 0] >= n_actions:
-                raise IndexError
-    batch_size = len(actions) // n_steps
-    q_values = np.empty((batch_size, n_actions), observations.dtype)
+        check_actions(transitions.actions, n_actions)
+    batch_size = len(transitions.actions) // n_steps
+    q_values = np.empty((batch_size, n_actions), targets.dtype)
     for step in range(n_steps):
         rows, pieces = slice(step * batch_size, (step + 1) * batch_size), progress[step]
+        features, actions = transitions.observations[rows], transitions.actions[rows]
         if is_first_thread:
-            forward_pass(head, workspaces, observations[rows], q_values)
-        if _claim(pieces, 0):
-            of_next = transitions.next_observations[rows]
-            td_targets(target_head, scratch, of_next, transitions.rewards[rows], transitions.dones[rows], gamma, targets[rows])
-            _set_state(pieces, 0, DONE)
+            forward_pass(head, workspaces, features, q_values)
+        td_targets_if_nobodys(pieces, target_head, scratch, transitions, rows, gamma, targets)
         if is_first_thread:
             _wait_until(pieces, 0, DONE)
-            backward_pass(
-                head,
-                gradients,
-                workspaces,
-                observations[rows],
-                actions[rows],
-                targets[rows],
-                q_values,
-                observations[:0],
-                pieces,
-            )
-        for i in range(last, 0, -1):
-            if not is_first_thread:
-                _wait_until(pieces, i, READY)
-            if _claim(pieces, i):
-                weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
-                _set_state(pieces, i, DONE)
+            backward_pass(head, gradients, workspaces, features, actions, targets[rows], q_values, features[:0], pieces)
+        weight_gradients_if_nobodys(pieces, not is_first_thread, workspaces, gradients)
         if is_first_thread:
-            for i in range(1, last + 1):
-                _wait_until(pieces, i, DONE)
-            metrics[step, :3] = td_metrics(q_values, actions[rows], targets[rows])
-            gradient_norm = math.sqrt(squared_norm(adam.gradient))
-            metrics[step, 3] = gradient_norm
-            clip(adam.gradient, gradient_norm, max_grad_norm)
-            adam_step(adam)
+            for piece in range(1, len(workspaces)):
+                _wait_until(pieces, piece, DONE)
+            metrics[step, :3] = td_metrics(q_values, actions, targets[rows])
+            metrics[step, 3] = clipped_adam_step(adam, max_grad_norm)
 
 
 def is_compiling() -> bool:
