@@ -85,7 +85,8 @@ class DivergenceWatch:
         self._last_pos, self._last_num_timesteps = pos, model.num_timesteps
         if n_new == 0:
             return
-        rows = np.arange(pos - n_new, pos)  # below 0 they count from the ring's end
+        # views where they lie in one piece; indices below 0 count from the ring's end
+        rows = slice(pos - n_new, pos) if n_new <= pos else np.arange(pos - n_new, pos)
         as_float32 = _sees_float32(model)
         for name, array_name, causes in (
             ("rewards", "rewards", _REWARD_CAUSES),
@@ -149,18 +150,19 @@ def _sees_float32(model: "LectureDQN") -> bool:
     return vec_normalize is None or not vec_normalize.norm_obs
 
 
-def _first_row_not_finite(arrays: Any, rows: np.ndarray, as_float32: bool) -> int | None:
+def _first_row_not_finite(arrays: Any, rows: slice | np.ndarray, as_float32: bool) -> int | None:
     """Index in ``rows`` of the first that holds a number that is not finite, or is beyond float32."""
     found = []
     for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
         if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
             continue  # a buffer of a user's own may hold anything
         values = array[rows]
-        if as_float32:
+        if as_float32 and values.dtype != np.float32:
             with np.errstate(over="ignore"):
-                values = values.astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            found.append(int(np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(axis=1))[0]))
+                values = values.astype(np.float32)
+        are_finite = np.isfinite(values)
+        if not are_finite.all():
+            found.append(int(np.flatnonzero(~are_finite.reshape(len(values), -1).all(axis=1))[0]))
     return min(found, default=None)
 
 

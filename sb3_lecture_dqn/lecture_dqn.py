@@ -693,22 +693,21 @@ class LectureDQN(OffPolicyAlgorithm):
             n_updates = min(gradient_steps, updates_at_once)
             gradient_steps -= n_updates
             # ψ stays as it is while train runs, so several batches are sampled at once and targets computed ahead.
-            draw = self._draw if is_uniform and fast_update.takes_drawn_rows else self._sample_batch
-            samples = draw(n_updates * batch_size)
+            samples = self._draw(n_updates * batch_size, fast_update.kind_of_records if is_uniform else None)
             # what a buffer that we do not know gives is one batch, however large
             rows = batch_size if is_uniform or isinstance(samples, DrawnRows) else len(samples.actions)
             results = fast_update.steps(samples, FastTargets(self.gamma), rows, self.max_grad_norm)
             self._count_updates(n_updates, fast_update.metrics_of, results)
 
-    def _draw(self, n_rows: int) -> ReplayBufferSamples | DrawnRows:
-        """Several B, or which transitions they are where they can be read in D and are not normalised."""
+    def _draw(self, n_rows: int, kind_of_records: type[Any] | None) -> ReplayBufferSamples | DrawnRows:
+        """Several B, or which transitions they are where D has records of the kind to read them in, not to be normalised."""
         buffer = self.replay_buffer
-        if not isinstance(buffer, ContiguousReplayBuffer) or self._vec_normalize_env is not None:
+        if kind_of_records is None or not isinstance(buffer, ContiguousReplayBuffer) or self._vec_normalize_env is not None:
             return self._sample_batch(n_rows)
         if not all(is_own_method(buffer, name, ContiguousReplayBuffer) for name in ("sample", "_get_samples")):
             return self._sample_batch(n_rows)
         with numpy_draws_from(self.random_generator):
-            return buffer.draw(n_rows)
+            return buffer.draw(n_rows, kind_of_records)
 
     # Metrics, and whether they can be right
 

@@ -114,15 +114,16 @@ class ContiguousReplayBuffer(ReplayBuffer):
         self._device_copy.is_seen = is_seen  # SB3's own look at the arrays is not one from outside
         self._device_copy.n_new_rows += 1
 
-    def draw(self, batch_size: int) -> DrawnRows | ReplayBufferSamples:
+    def draw(self, batch_size: int, kind_of_records: type[Any] = CopiedRecords) -> DrawnRows | ReplayBufferSamples:
         """
         Draw as :meth:`sample` does, for somebody who can read the transitions where they are.
 
         :param batch_size: Number of transitions
-        :return: Which transitions they are; the transitions where they have to come from the host
+        :param kind_of_records: ``CopiedRecords`` for what a CUDA device has, ``StoredTransitions`` for what the kernels read
+        :return: Which transitions they are; the transitions themselves where there are no such records
         """
         indices = self._with_environments(np.random.randint(0, self.size(), size=batch_size))
-        records = self._records_there() if is_cuda(self.device) else self._records_here()
+        records = self._records_there() if kind_of_records is CopiedRecords else self._records_here()
         return self._samples_here(indices) if records is None else DrawnRows(indices, records)
 
     def _with_environments(self, rows: np.ndarray) -> np.ndarray:

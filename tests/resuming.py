@@ -51,7 +51,7 @@ Build = Callable[[], LectureDQN]
 
 
 #: Attributes of a replay buffer that another run may have otherwise.
-LEFT_OUT = ("env", "device", "_device_copy")
+LEFT_OUT = ("env", "device", "_stored", "_device_copy")
 
 
 def fingerprint(model: LectureDQN) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium
+import numba
 import numpy as np
 import pytest
 import torch as th
@@ -48,6 +49,7 @@ def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
         write(copy, buffer, words, start, end)
 
     monkeypatch.setattr(DeviceCopy, "_write", noted_write)
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)  # what is compiled reads on the host
     monkeypatch.setattr(replay_buffer, "is_cuda", lambda device: device != HOST)
     monkeypatch.setattr(device_copy, "free_memory", lambda _: 10_000_000)
     monkeypatch.setattr(th.cuda, "is_available", lambda: request.param == "cuda")  # SB3 takes a GPU where there is one

@@ -286,7 +286,7 @@ def test_a_second_training_does_not_look_at_old_transitions_again(monkeypatch: p
     n_rows: list[int] = []
     look = divergence._first_row_not_finite
     monkeypatch.setattr(
-        divergence, "_first_row_not_finite", lambda a, rows, *b: (n_rows.append(len(rows)), look(a, rows, *b))[1]
+        divergence, "_first_row_not_finite", lambda a, rows, *b: (n_rows.append(len(a[rows])), look(a, rows, *b))[1]
     )
     model.learn(150)
     assert sum(n_rows) == 3 * 150  # rewards, observations and next observations

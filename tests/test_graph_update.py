@@ -311,8 +311,8 @@ def note_draws(buffer: ReplayBuffer | None) -> list[ReplayBufferSamples]:
     draws: list[ReplayBufferSamples] = []
     draw = buffer.draw
 
-    def noted_draw(n_rows: int) -> DrawnRows:
-        drawn = draw(n_rows)
+    def noted_draw(*args: Any) -> DrawnRows:
+        drawn = draw(*args)
         assert isinstance(drawn, DrawnRows)
         draws.append(drawn.records.samples(th.from_numpy(drawn.indices).to(drawn.records.words.device)))
         return drawn

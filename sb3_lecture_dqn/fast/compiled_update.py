@@ -66,7 +66,7 @@ def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> th.Tensor:
         of_calls: list[Any] = list(alike)
         is_there = kind is np.ndarray
         parts.append(th.from_numpy(np.concatenate(of_calls)).t() if is_there else metrics_of_results(of_calls))
-    return th.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else th.cat(parts, dim=1)
 
 
 def _tensors_of(samples: Any, transitions: Transitions | None) -> ReplayBufferSamples:
@@ -108,9 +108,9 @@ class CompiledUpdate(FastUpdate):
         return self.theta.numel() <= MOST_PARAMETERS
 
     @property
-    def takes_drawn_rows(self) -> bool:  # type: ignore[override]
-        """Whether transitions may be left to be read where they are."""
-        return self.has_vector_observations and self._is_preprocessings_type
+    def kind_of_records(self) -> type[Any] | None:  # type: ignore[override]
+        """The kind of records in which it reads transitions that were only drawn, which needs observations without encoder."""
+        return StoredTransitions if self.has_vector_observations and self._is_preprocessings_type else None
 
     @property
     def _is_preprocessings_type(self) -> bool:
@@ -160,7 +160,7 @@ class CompiledUpdate(FastUpdate):
 
     def _read(self, drawn: DrawnRows) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)
-        assert isinstance(stored, StoredTransitions)  # a buffer on the CPU has no others
+        assert isinstance(stored, StoredTransitions)  # see kind_of_records
         if self._transitions is None or len(self._transitions.actions) != n_rows:
             self._transitions = Transitions.empty(n_rows, stored.n_features, self._flat_gradient.dtype)
         kernels.read_transitions(stored, drawn.indices, self._transitions)
@@ -168,7 +168,7 @@ class CompiledUpdate(FastUpdate):
 
     def _arrays_of(self, samples: ReplayBufferSamples) -> Transitions | None:
         """Transitions without an encoder and discounts of their own, of the parameters' type."""
-        if not self.takes_drawn_rows or samples.discounts is not None:
+        if self.kind_of_records is None or samples.discounts is not None:
             return None
         observations, next_observations, dones, rewards = (
             tensor.to(self.theta.dtype).contiguous().numpy()

@@ -221,7 +221,7 @@ class GraphUpdate(FastUpdate):
 
     device_type: ClassVar[str] = "cuda"
     metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(joined_metrics)
-    takes_drawn_rows: ClassVar[bool] = True
+    kind_of_records: ClassVar[type[Any] | None] = CopiedRecords
 
     adam: DeviceAdam
 
@@ -326,7 +326,7 @@ def _as_it_is(tensor: th.Tensor) -> th.Tensor:
 
 
 def _split_rows(drawn: DrawnRows) -> tuple[CopiedRecords, th.Tensor]:
-    assert isinstance(drawn.records, CopiedRecords)  # a buffer for a GPU has no others
+    assert isinstance(drawn.records, CopiedRecords)  # see kind_of_records
     return drawn.records, th.from_numpy(drawn.indices)
 
 

@@ -155,8 +155,8 @@ class FastUpdate:
     device_type: ClassVar[str] = "cpu"
     #: Gives the metrics of training calls from what :meth:`steps` gave for each.
     metrics_of: "staticmethod[[Sequence[Any]], th.Tensor]" = staticmethod(metrics_of_results)
-    #: Whether transitions may be left to be read where they are.
-    takes_drawn_rows: ClassVar[bool] = False
+    #: The kind of records in which it reads transitions that were only drawn; ``None`` where it has to be given them.
+    kind_of_records: ClassVar[type[Any] | None] = None
     #: What a second thread may be given in an update.
     work_for_second_thread: ClassVar[tuple[Work, ...]] = tuple(Work)
     #: Transitions whose targets are computed at once ahead of the steps: what takes about as long as one step.
@@ -282,7 +282,7 @@ class FastUpdate:
         :param max_grad_norm: Largest norm of the gradient; ``None`` for no clipping
         :return: What :meth:`metrics_of` needs
         """
-        assert not isinstance(samples, DrawnRows)  # see takes_drawn_rows
+        assert not isinstance(samples, DrawnRows)  # see kind_of_records
         observations, actions = samples.observations, samples.actions
         # an operation takes less of it, but nothing of an encoder may come out of it that autograd sees later
         with th.inference_mode() if self.has_vector_observations else th.no_grad():

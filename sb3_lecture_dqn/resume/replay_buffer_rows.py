@@ -39,6 +39,7 @@ SETTINGS = (
     "n_sampled_goal",
     "her_ratio",
     "_records",  # the memory that a ContiguousReplayBuffer's arrays are views of
+    "_stored",  # other views of it
     "_device_copy",
 )
 _KNOWN_ADDS = (ReplayBuffer.add, DictReplayBuffer.add, HerReplayBuffer.add, ContiguousReplayBuffer.add)
