@@ -50,7 +50,7 @@ class PostgresServer:
             assert result.returncode == 0, output.read()
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c max_connections=300"
         self._run("pg_ctl", "-w", "-o", options, "start")
 
     def stop(self) -> None:

@@ -88,6 +88,11 @@ def test_a_training_call_is_two_compiled_calls_for_up_to_eight_batches() -> None
         assert counts == {"read_transitions": n_draws, "gradient_steps": n_draws}
 
 
+def test_with_n_step_returns_the_buffer_draws_and_the_rest_is_one_compiled_call() -> None:
+    model = trained_model(n_steps=3)
+    assert calls_of_kernels(lambda: model.train(8, 128)) == {"gradient_steps": 1}
+
+
 @pytest.mark.usefixtures("without_a_compiler")
 def test_without_a_compiler_a_step_is_28_operations_and_those_that_a_training_call_shares_are_27(
     is_onednn_quicker: bool,

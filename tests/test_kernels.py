@@ -192,7 +192,7 @@ def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: l
 
 def transitions_of(observations: np.ndarray, actions: np.ndarray, targets: np.ndarray) -> Transitions:
     """Transitions that end an episode, so that the targets are the rewards."""
-    return Transitions(observations, actions, observations[::-1].copy(), np.ones_like(targets), targets)
+    return Transitions(observations, actions, observations[::-1].copy(), np.ones_like(targets), targets, targets)
 
 
 def test_where_arrays_lie_does_not_change_a_bit() -> None:
@@ -207,8 +207,8 @@ def test_where_arrays_lie_does_not_change_a_bit() -> None:
         kept.append([np.empty(size, np.float32) for size in generator.integers(1, 300, size=6)])
         update = CompiledUpdate.for_policy(model.policy)
         assert isinstance(update, CompiledUpdate)
-        arrays = (features, actions, features[::-1], dones, targets)
-        metrics = update._compiled_steps(Transitions(*map(np.array, arrays)), 0.9, 8, None)
+        arrays = (features, actions, features[::-1], dones, targets, np.full_like(targets, 0.9))
+        metrics = update._compiled_steps(Transitions(*map(np.array, arrays)), 8, None)
         kept.append(update)
         if len(kept) > 40:
             del kept[: generator.integers(1, 30)]
@@ -219,11 +219,11 @@ def test_where_arrays_lie_does_not_change_a_bit() -> None:
 def test_targets_are_the_lectures() -> None:
     model, head = small_head(th.float64, [33])
     next_observations, rewards = th.randn(20, 4, dtype=th.float64), th.randn(20, 1, dtype=th.float64)
-    dones = (th.arange(20)[:, None] % 3 == 0).double()
-    arrays = (tensor.numpy() for tensor in (next_observations, rewards, dones))
+    dones, discounts = (th.arange(20)[:, None] % 3 == 0).double(), th.linspace(0.8, 0.99, 20, dtype=th.float64)[:, None]
+    arrays = (tensor.numpy() for tensor in (next_observations, rewards, dones, discounts))
     targets = np.full((20, 1), np.nan)
-    kernels.td_targets(head, head.workspaces(20), *arrays, 0.9, targets)
-    assert_close(targets, td_target(rewards, dones, model.q_net_target.q_net(next_observations), 0.9))
+    kernels.td_targets(head, head.workspaces(20), *arrays, targets)
+    assert_close(targets, td_target(rewards, dones, model.q_net_target.q_net(next_observations), discounts))
 
 
 @pytest.mark.parametrize("action", range(2))
@@ -231,7 +231,7 @@ def test_a_nan_among_the_next_q_values_is_a_nan_in_the_target(action: int) -> No
     _, head = small_head(th.float32, [33])
     head.final_bias[action] = np.nan
     features, zeros, targets = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32)
-    kernels.td_targets(head, head.workspaces(3), features, zeros, zeros, 0.9, targets)
+    kernels.td_targets(head, head.workspaces(3), features, zeros, zeros, zeros + 0.9, targets)
     assert np.isnan(targets).all()
 
 
@@ -251,7 +251,7 @@ def test_gradient_steps_in_one_call_are_those_of_the_plain_path(max_grad_norm: f
         observations, targets = th.randn(5 * 16, 4, dtype=th.float64), th.randn(5 * 16, 1, dtype=th.float64)
         actions = th.randint(2, (5 * 16, 1))
         arrays = (tensor.numpy() for tensor in (observations, actions, targets))
-        metrics = update._compiled_steps(transitions_of(*arrays), 0.9, 16, max_grad_norm)
+        metrics = update._compiled_steps(transitions_of(*arrays), 16, max_grad_norm)
         for step in range(5):
             rows = slice(step * 16, (step + 1) * 16)
             q_values = plain.q_net.q_net(observations[rows]).gather(1, actions[rows])
@@ -284,14 +284,14 @@ class Steps:
         self.update = update
         self.observations, self.next_observations = random(2 * 16, 4, dtype=np.float32), random(32, 4, dtype=np.float32) ** 2
         self.actions, self.rewards = np.arange(2 * 16)[:, None] % 2, random(2 * 16, 1, dtype=np.float32)
-        self.transitions = Transitions(
-            self.observations, self.actions, self.next_observations, np.zeros_like(self.rewards), self.rewards
-        )
+        zeros = np.zeros_like(self.rewards)
+        arrays = (self.observations, self.actions, self.next_observations, zeros, self.rewards, zeros + 0.9)
+        self.transitions = Transitions(*arrays)
 
     def by(self, work: Work) -> bytes:
         """All results of both steps, with some work given to the second thread."""
         self.update.second_thread._given = work
-        metrics = self.update._compiled_steps(self.transitions, 0.9, 16, 0.5)
+        metrics = self.update._compiled_steps(self.transitions, 16, 0.5)
         return metrics.tobytes() + self.update.gradient.numpy().tobytes() + self.update.theta.numpy().tobytes()
 
 
@@ -339,7 +339,7 @@ def test_targets_are_computed_by_who_claims_them() -> None:
     (workspaces, scratch), head = steps.update._workspaces_for(16), steps.update.compiled_target
     for state, is_computed in ((kernels.READY, True), (kernels.CLAIMED, False), (kernels.DONE, False)):
         pieces, targets = np.array([state]), np.full((32, 1), np.nan, np.float32)
-        kernels.td_targets_if_nobodys(pieces, head, scratch, steps.transitions, slice(16, 32), 0.9, targets)
+        kernels.td_targets_if_nobodys(pieces, head, scratch, steps.transitions, slice(16, 32), targets)
         assert np.isnan(targets).sum() == (16 if is_computed else 32)
         assert pieces[0] == (kernels.DONE if is_computed else state)
     assert workspaces is not scratch
@@ -526,6 +526,21 @@ def test_batches_of_another_size_get_memory_of_their_own() -> None:
         update = model._fast_update
         assert isinstance(update, CompiledUpdate)
         assert [len(workspace.means) for (workspace,) in update._workspaces] == 2 * [batch_size]
+
+
+def test_a_target_network_of_another_width_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gradient_steps", None)
+    parameters = []
+    for fast in (False, True):
+        model, other = (make_model("vector", fast, th.float32, policy_kwargs={"net_arch": [n]}) for n in (24, 40))
+        model.policy.q_net_target = other.q_net_target
+        model._create_aliases()
+        batch = random_batch("vector", np.random.default_rng(0), th.float32)
+        monkeypatch.setattr(model, "_sample_batch", lambda _, batch=batch: batch)
+        model.train(1, BATCH_SIZE)
+        assert type(model._fast_update) is (CompiledUpdate if fast else type(None))
+        parameters.append(th.cat([parameter.detach().flatten() for parameter in model.q_net.parameters()]))
+    th.testing.assert_close(*parameters, rtol=0, atol=1e-6)
 
 
 def test_targets_that_are_not_one_for_each_action_are_pytorchs_error() -> None:

@@ -129,15 +129,14 @@ class CompiledUpdate(FastUpdate):
         :param max_grad_norm: As for :meth:`FastUpdate.steps`
         :return: What :meth:`metrics_of` needs
         """
-        transitions = self._read(samples) if isinstance(samples, DrawnRows) else self._arrays_of(samples)
+        gamma = targets_of.gamma
+        transitions = self._read(samples, gamma) if isinstance(samples, DrawnRows) else self._arrays_of(samples, gamma)
         if transitions is None or not self._takes(transitions):
             return super().steps(_tensors_of(samples, transitions), targets_of, batch_size, max_grad_norm)
         with self._named_actions(transitions.actions):
-            return self._compiled_steps(transitions, targets_of.gamma, batch_size, max_grad_norm)
+            return self._compiled_steps(transitions, batch_size, max_grad_norm)
 
-    def _compiled_steps(
-        self, transitions: Transitions, gamma: float, batch_size: int, max_grad_norm: float | None
-    ) -> np.ndarray:
+    def _compiled_steps(self, transitions: Transitions, batch_size: int, max_grad_norm: float | None) -> np.ndarray:
         """Call the kernel, in both threads where the second one is given something; gives the metrics."""
         assert isinstance(self.adam, CompiledAdam)  # _takes has looked
         workspaces, scratch_of_second = self._workspaces_for(batch_size)
@@ -146,7 +145,7 @@ class CompiledUpdate(FastUpdate):
         progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY)
         progress[:, 0] = kernels.READY
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
-        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm, gamma
+        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm
         shared = *heads, workspaces, *settings, transitions, targets, metrics, progress
         try:
             help_with_it = partial(kernels.gradient_steps, False, scratch_of_second, *shared)
@@ -158,28 +157,32 @@ class CompiledUpdate(FastUpdate):
             raise
         return metrics
 
-    def _read(self, drawn: DrawnRows) -> Transitions:
+    def _read(self, drawn: DrawnRows, gamma: float) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)
         assert isinstance(stored, StoredTransitions)  # see kind_of_records
         if self._transitions is None or len(self._transitions.actions) != n_rows:
             self._transitions = Transitions.empty(n_rows, stored.n_features, self._flat_gradient.dtype)
         kernels.read_transitions(stored, drawn.indices, self._transitions)
+        self._transitions.discounts.fill(gamma)
         return self._transitions
 
-    def _arrays_of(self, samples: ReplayBufferSamples) -> Transitions | None:
-        """Transitions without an encoder and discounts of their own, of the parameters' type."""
-        if self.kind_of_records is None or samples.discounts is not None:
+    def _arrays_of(self, samples: ReplayBufferSamples, gamma: float) -> Transitions | None:
+        """Transitions of the parameters' type, where there is no encoder."""
+        if self.kind_of_records is None:
             return None
-        observations, next_observations, dones, rewards = (
-            tensor.to(self.theta.dtype).contiguous().numpy()
-            for tensor in (samples.observations, samples.next_observations, samples.dones, samples.rewards)
-        )
-        return Transitions(observations, samples.actions.long().contiguous().numpy(), next_observations, dones, rewards)
+        tensors = samples.observations, samples.next_observations, samples.dones, samples.rewards
+        observations, next_observations, dones, rewards = map(self._array_of, tensors)
+        discounts = np.full_like(rewards, gamma) if samples.discounts is None else self._array_of(samples.discounts)
+        actions = samples.actions.long().contiguous().numpy()
+        return Transitions(observations, actions, next_observations, dones, rewards, discounts)
+
+    def _array_of(self, tensor: th.Tensor) -> np.ndarray:
+        return tensor.to(self.theta.dtype).contiguous().numpy()
 
     def _takes(self, transitions: Transitions) -> bool:
         """Whether the kernels, which look at nothing, compute all of a step on these transitions."""
-        observations, actions, next_observations, dones, rewards = transitions
-        has_one_of_each = actions.shape == rewards.shape == dones.shape == (len(observations), 1)
+        observations, actions, next_observations, *others = transitions
+        has_one_of_each = all(array.shape == (len(observations), 1) for array in (actions, *others))
         if not self._are_heads_alike or not isinstance(self.adam, CompiledAdam) or not has_one_of_each:
             return False
         return self.compiled_head.takes(observations) and self.compiled_target.takes(next_observations)

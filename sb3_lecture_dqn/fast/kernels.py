@@ -723,7 +723,7 @@ def read_transitions(stored: "StoredTransitions", indices: np.ndarray, transitio
 
     :param stored: The buffer's records
     :param indices: Which of them, shape (B,)
-    :param transitions: Where they are written
+    :param transitions: Where they are written, without discounts, which no record has
     """
     # what is one number of each is read first, because the processor then fetches many records at once
     for i in range(len(indices)):
@@ -767,7 +767,7 @@ def td_targets(
     next_features: np.ndarray,
     rewards: np.ndarray,
     dones: np.ndarray,
-    gamma: float,
+    discounts: np.ndarray,
     targets: np.ndarray,
 ) -> None:
     """
@@ -778,7 +778,7 @@ def td_targets(
     :param next_features: What the encoder gives for s', shape (B, features_dim)
     :param rewards: r, shape (B, 1)
     :param dones: d, shape (B, 1)
-    :param gamma: γ
+    :param discounts: γ, or with n-step returns γⁿ of each, shape (B, 1)
     :param targets: Where they are written, shape (B, 1)
     """
     n_rows, features = len(next_features), next_features
@@ -788,14 +788,13 @@ def td_targets(
         features = kept.gradient
     next_q_values = np.empty((n_rows, len(head.final_bias)), features.dtype)
     final_layer(features, head.final_weight, head.final_bias, next_q_values)
-    discount = features.dtype.type(gamma)
     for i in range(n_rows):
         largest = next_q_values[i, 0]
         for action in range(1, next_q_values.shape[1]):
             q_value = next_q_values[i, action]
             if q_value > largest or math.isnan(q_value):
                 largest = q_value
-        targets[i, 0] = rewards[i, 0] + (1 - dones[i, 0]) * discount * largest
+        targets[i, 0] = rewards[i, 0] + (1 - dones[i, 0]) * discounts[i, 0] * largest
 
 
 # --- The optimizer ----------------------------------------------------------------------------------------------------------
@@ -906,7 +905,6 @@ def td_targets_if_nobodys(
     scratch: "tuple[Workspace, ...]",
     transitions: "Transitions",
     rows: slice,
-    gamma: float,
     targets: np.ndarray,
 ) -> None:
     """
@@ -917,12 +915,11 @@ def td_targets_if_nobodys(
     :param scratch: As for :func:`gradient_steps`
     :param transitions: As for :func:`gradient_steps`
     :param rows: Those of the batch
-    :param gamma: As for :func:`gradient_steps`
     :param targets: As for :func:`gradient_steps`
     """
     if _claim(pieces, 0):
-        of_next = transitions.next_observations[rows]
-        td_targets(target_head, scratch, of_next, transitions.rewards[rows], transitions.dones[rows], gamma, targets[rows])
+        of_next, rewards, dones = transitions.next_observations[rows], transitions.rewards[rows], transitions.dones[rows]
+        td_targets(target_head, scratch, of_next, rewards, dones, transitions.discounts[rows], targets[rows])
         _set_state(pieces, 0, DONE)
 
 
@@ -956,7 +953,6 @@ def gradient_steps(
     workspaces: "tuple[Workspace, ...]",
     adam: AdamArguments,
     max_grad_norm: float,
-    gamma: float,
     transitions: "Transitions",
     targets: np.ndarray,
     metrics: np.ndarray,
@@ -977,7 +973,6 @@ def gradient_steps(
     :param workspaces: Memory for each hidden layer, for B rows
     :param adam: As for :func:`adam_step`
     :param max_grad_norm: As for :func:`clip`
-    :param gamma: γ
     :param transitions: Those of one batch after the other, n · B rows
     :param targets: Where the targets are written, shape (n · B, 1)
     :param metrics: Where the loss, the mean Q(s, a, θ), the mean target and ‖gradient‖ of each step are written, shape (n, 4)
@@ -995,7 +990,7 @@ def gradient_steps(
         features, actions = transitions.observations[rows], transitions.actions[rows]
         if is_first_thread:
             forward_pass(head, workspaces, features, q_values)
-        td_targets_if_nobodys(pieces, target_head, scratch, transitions, rows, gamma, targets)
+        td_targets_if_nobodys(pieces, target_head, scratch, transitions, rows, targets)
         if is_first_thread:
             _wait_until(pieces, 0, DONE)
             backward_pass(head, gradients, workspaces, features, actions, targets[rows], q_values, features[:0], pieces)
@@ -1039,4 +1034,4 @@ def compile_for(
     squared_norm(row)
     adam_step(adam)
     heads, results = (head, head, head), (targets, np.zeros((1, 4), dtype), np.full((1, len(workspaces)), DONE))
-    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, 0.0, transitions, *results)
+    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, transitions, *results)

@@ -68,6 +68,7 @@ class Transitions(NamedTuple):
     next_observations: np.ndarray  # s', shape (B, n)
     dones: np.ndarray  # d, shape (B, 1)
     rewards: np.ndarray  # r, shape (B, 1)
+    discounts: np.ndarray  # γ, or with n-step returns γⁿ of each, shape (B, 1)
 
     @classmethod
     def empty(cls, n_rows: int, n_features: int, dtype: Any) -> "Transitions":
@@ -80,5 +81,5 @@ class Transitions(NamedTuple):
         :return: The memory
         """
         observations, next_observations = (np.empty((n_rows, n_features), dtype) for _ in range(2))
-        dones, rewards = (np.empty((n_rows, 1), dtype) for _ in range(2))
-        return cls(observations, np.empty((n_rows, 1), np.int64), next_observations, dones, rewards)
+        dones, rewards, discounts = (np.empty((n_rows, 1), dtype) for _ in range(3))
+        return cls(observations, np.empty((n_rows, 1), np.int64), next_observations, dones, rewards, discounts)
