@@ -529,6 +529,7 @@ def test_batches_of_another_size_get_memory_of_their_own() -> None:
 
 
 def test_a_target_network_of_another_width_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_head(th.float32, [24])  # the kernels are compiled
     monkeypatch.setattr(kernels, "gradient_steps", None)
     parameters = []
     for fast in (False, True):
