@@ -113,7 +113,7 @@ def robo_parking(peer: str) -> Callable[[], float]:
     else:
         env = make_vec_env("RoboParking-v0", n_envs=64)
     settings = {**LUNAR_LANDER, "train_freq": 1, "gradient_steps": 1}
-    return steps_per_second(algorithm(peer)("MlpPolicy", env, seed=0, **settings), 64 * 50)
+    return steps_per_second(algorithm(peer)("MlpPolicy", env, seed=0, **settings), 64 * 250)
 
 
 def gradient_step(

@@ -338,6 +338,10 @@ def _place_of_piece(context: Any, builder: Any, signature: Any, arguments: Any) 
     return _place(builder, progress, number, arguments[1]), number
 
 
+#: Whether the system's C library, which is in every process, has the function below.
+OFFERS_CORE = os.name == "posix"
+_offer_core: Any = types.ExternalFunction("sched_yield", types.int32())
+
 #: Whether this thread, and no other, does a piece of work from now on: one that is ready and nobody's.
 _claim: Any = intrinsic(_type_claim)
 #: What a piece of work has come to; what has been written before is there.
@@ -345,10 +349,17 @@ _state: Any = intrinsic(_type_state)
 _set_state: Any = intrinsic(_type_set_state)
 
 
+#: So many looks at a piece come before the core is offered to others, of whom one may be what is waited for.
+PATIENCE = 1_000
+
+
 @compiled_once
 def _wait_until(progress: np.ndarray, piece: int, state: int) -> None:
+    n_looks = 0
     while _state(progress, piece) < state:
-        pass
+        n_looks += 1
+        if n_looks > PATIENCE and OFFERS_CORE:
+            _offer_core()
 
 
 # --- The layers -------------------------------------------------------------------------------------------------------------
