@@ -513,12 +513,12 @@ class RoboParkingVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> dict[str, Any]:
         """Start the robots whose episode ended a step ago: for them this step was none."""
         is_driven = ~self._is_done
-        starting = np.flatnonzero(self._is_done)
-        rewards[starting], terminations[starting], truncations[starting] = 0.0, False, False
-        self._is_done = terminations | truncations
-        if starting.size:
+        if not is_driven.all():
+            starting = np.flatnonzero(self._is_done)
+            rewards[starting], terminations[starting], truncations[starting] = 0.0, False, False
             self._start(starting)
             distances[starting] = self._measure()[0][starting]
+        self._is_done = terminations | truncations
         self._observe()
         infos = {"distance": distances, "_distance": np.ones_like(is_driven)}
         return infos | self._info("is_success", terminations, is_driven)
