@@ -81,11 +81,10 @@ def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
     update = model._current_fast_update()
     samples = model._sample_batch(n_steps * batch_size)
     batch = model._sample_batch(batch_size)
-    head, targets = update.compiled_head, th.randn(batch_size, 1)
+    q_values_of, targets = update.compiled_head.for_several(), th.randn(batch_size, 1)
 
     def q_values() -> th.Tensor:
-        q_values_of_batch: th.Tensor = head.q_values(batch.observations)
-        return q_values_of_batch
+        return th.from_numpy(q_values_of(batch.observations.numpy()))
 
     def q_values_and_gradient() -> object:
         return update._head_gradients_of(batch.observations, batch.actions, lambda: targets)

@@ -185,9 +185,10 @@ def test_q_values_of_one_observation_and_of_several_are_the_networks(net_arch: l
     model, head = small_head(dtype, net_arch)
     observations = th.randn(19, 4, dtype=dtype)
     expected = model.q_net_target.q_net(observations)
-    assert_close(head.q_values(observations.numpy()), expected)
+    assert_close(head.for_several()(observations.numpy()), expected)
+    of_one = head.for_one()
     for observation, q_values in zip(observations, expected, strict=True):
-        assert_close(head.for_one()(observation[None].numpy()), q_values[None])
+        assert_close(of_one(observation[None].numpy()), q_values[None])
 
 
 def transitions_of(observations: np.ndarray, actions: np.ndarray, targets: np.ndarray) -> Transitions:

@@ -71,6 +71,7 @@ class FastActing:
     def _prepare(self) -> None:
         self.compiled_head = self._make_compiled_head()
         self.q_values_of_one = None if self.compiled_head is None else self.compiled_head.for_one()
+        self.q_values_of_several = None if self.compiled_head is None else self.compiled_head.for_several()
         self.hidden_layers = [_numpy_layer(layer) for layer in self.head.hidden_layers]
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
@@ -137,8 +138,8 @@ class FastActing:
         return self._greedy_actions_of_several(features)
 
     def _greedy_actions_of_several(self, features: np.ndarray) -> np.ndarray:
-        if self.compiled_head is not None and self.compiled_head.takes(features):
-            q_values = self.compiled_head.q_values(features)
+        if self.compiled_head is not None and self.q_values_of_several is not None and self.compiled_head.takes(features):
+            q_values = self.q_values_of_several(features)
         else:
             with th.no_grad(), threads_for(len(features) * self.n_parameters):
                 q_values = forward(self.head, th.from_numpy(features)).numpy()

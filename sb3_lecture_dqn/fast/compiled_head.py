@@ -120,23 +120,26 @@ class CompiledHead(NamedTuple):
             return False
         return features.shape[0] <= self.most_rows or th.get_num_threads() == 1
 
-    def q_values(self, features: np.ndarray) -> np.ndarray:
-        """
-        Q(s, ·).
-
-        :param features: What the encoder gives, shape (B, features_dim), for which :meth:`takes` holds
-        :return: Q values, shape (B, |A|)
-        """
-        return kernels.q_values(self, np.ascontiguousarray(features))
-
     def for_one(self) -> Callable[[np.ndarray], np.ndarray]:
         """
         Q(s, ·) of one observation at a time.
 
         :return: Gives Q values, shape (1, |A|), of features of shape (1, features_dim), for which :meth:`takes` holds
         """
-        of_one = partial(kernels.q_values_of_one, self.plain_hidden_layers, self.final_weight, self.final_bias)
-        return lambda features: of_one(np.ascontiguousarray(features))
+        return self._entry_of(kernels.q_values_of_one, self.plain_hidden_layers, self.final_weight, self.final_bias)
+
+    def for_several(self) -> Callable[[np.ndarray], np.ndarray]:
+        """
+        Q(s, ·) of several observations at a time.
+
+        :return: Gives Q values, shape (B, |A|), of features of shape (B, features_dim), for which :meth:`takes` holds
+        """
+        return self._entry_of(kernels.q_values, self)
+
+    def _entry_of(self, kernel: Callable[..., Any], *of_head: Any) -> Callable[[np.ndarray], np.ndarray]:
+        weight = self.hidden_layers[0].weight
+        call = partial(kernels.entry_of(kernel, (*of_head, np.zeros((1, weight.shape[1]), weight.dtype))), *of_head)
+        return lambda features: call(np.ascontiguousarray(features))
 
 
 def is_compilable(head: Head) -> bool:

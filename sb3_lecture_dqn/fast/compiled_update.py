@@ -96,7 +96,9 @@ class CompiledUpdate(FastUpdate):
         super().__init__(policy, optimizer)
         self.compiled_head, self.compiled_target = CompiledHead.of(self.head), CompiledHead.of(self.target_head)
         self.compiled_gradients, self._flat_gradient = CompiledHead.of(self.head_gradients), self.gradient.numpy()
+        self._target_q_values = self.compiled_target.for_several()
         self._are_heads_alike = self.compiled_head.shapes == self.compiled_target.shapes
+        self._gradient_steps: Callable[..., None] | None = None  # made for the types that it is called with
         self._workspaces: list[tuple[Workspace, ...]] = []  # of either thread
         self._transitions: Transitions | None = None  # memory for those that are drawn
 
@@ -147,10 +149,12 @@ class CompiledUpdate(FastUpdate):
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
         settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm
         shared = *heads, workspaces, *settings, transitions, targets, metrics, progress
+        if self._gradient_steps is None:
+            self._gradient_steps = kernels.entry_of(kernels.gradient_steps, (True, workspaces, *shared))
         try:
-            help_with_it = partial(kernels.gradient_steps, False, scratch_of_second, *shared)
+            help_with_it = partial(self._gradient_steps, False, scratch_of_second, *shared)
             task = self.second_thread.start(help_with_it, Work.GRADIENTS)
-            kernels.gradient_steps(True, workspaces, *shared)
+            self._gradient_steps(True, workspaces, *shared)
             task.withdraw()
         except BaseException:
             progress[:] = kernels.DONE  # so that the second thread does not wait for what never comes
@@ -199,7 +203,7 @@ class CompiledUpdate(FastUpdate):
     def _q_values(self, features: th.Tensor) -> th.Tensor:
         if not self.compiled_target.takes(features):
             return super()._q_values(features)
-        return th.from_numpy(self.compiled_target.q_values(features.numpy()))
+        return th.from_numpy(self._target_q_values(features.numpy()))
 
     def _selections(self, actions: th.Tensor, batch_size: int) -> th.Tensor:
         """The actions themselves: a kernel looks for their Q values."""

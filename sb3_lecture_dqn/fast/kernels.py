@@ -12,7 +12,7 @@ shapes here: :mod:`sb3_lecture_dqn.fast.compiled_head` does.
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -75,6 +75,18 @@ def _compiled(function: F, **options: Any) -> F:
         return cast(F, compile_with()(function))
     finally:
         config.CACHE_DIR = users_folder
+
+
+def entry_of(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """
+    What Numba calls for arguments of some types. To find that out for sixty arrays takes longer than to take them over.
+
+    :param function: The compiled function
+    :param arguments: Such arguments
+    :return: The same function for arguments of these types only, which nobody looks at
+    """
+    compile_for = getattr(function, "compile", None)
+    return function if compile_for is None else cast(Callable[..., Any], compile_for(tuple(map(numba.typeof, arguments))))
 
 
 def cache_folder() -> Path:
