@@ -83,6 +83,9 @@ def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
     batch = model._sample_batch(batch_size)
     q_values_of, targets = update.compiled_head.for_several(), th.randn(batch_size, 1)
 
+    def read_transitions() -> object:
+        return update._read(model._draw(n_steps * batch_size, update.kind_of_records), model.gamma)
+
     def q_values() -> th.Tensor:
         return th.from_numpy(q_values_of(batch.observations.numpy()))
 
@@ -92,7 +95,7 @@ def parts_of_ours(batch_size: int = 128, n_steps: int = 4) -> dict[str, float]:
     with th.inference_mode():
         forward_time = microseconds(q_values)
         return {
-            "sampling": microseconds(lambda: model._sample_batch(n_steps * batch_size)) / n_steps,
+            "sampling": microseconds(read_transitions) / n_steps,
             "Q(s', ·, ψ)": microseconds(lambda: update.next_q_values(samples.next_observations)) / n_steps,
             "Q(s, ·, θ)": forward_time,
             "its gradient": microseconds(q_values_and_gradient) - forward_time,
@@ -179,26 +182,21 @@ def _cost_on(n_threads: int, model: Any, batch_size: int) -> float:
 
 
 def print_second_thread() -> None:
-    """A gradient step with nothing for the second thread, with the targets, and with the gradients too, blocks in turn."""
+    """A gradient step by one thread and by two, blocks in turn."""
     th.set_num_threads(2)
     SecondThread.repetitions = 0  # this decides, not the measurement while training
-    print(
-        "| batch | width | one core busy | µs with nothing | with the targets | with the gradients too |",
-        "|---|---|---|---|---|---|",
-        sep="\n",
-    )
+    print("| batch | width | one core busy | µs by one thread | by two | two take |", "|---|---|---|---|---|---|", sep="\n")
     for batch_size, width in ((32, 64), (128, 64), (128, 256), (512, 256)):
         model = trained(LectureDQN, width)
         for is_busy in (False, True):
             with busy_core(is_busy):
-                nothing, *others = _costs_of_works(model, batch_size)
-            ratios = " | ".join(f"{cost:.0f} ({cost / nothing:.2f} ×)" for cost in others)
-            print(f"| {batch_size} | {width} | {is_busy} | {nothing:.0f} | {ratios} |", flush=True)
+                one, two = _costs_by_threads(model, batch_size)
+            print(f"| {batch_size} | {width} | {is_busy} | {one:.0f} | {two:.0f} | {two / one:.2f} × |", flush=True)
 
 
-def _costs_of_works(model: Any, batch_size: int) -> list[float]:
-    seconds: dict[Work, list[float]] = {work: [] for work in Work}
-    for work in 15 * tuple(Work):
+def _costs_by_threads(model: Any, batch_size: int) -> list[float]:
+    seconds: dict[Work, list[float]] = {Work.NOTHING: [], Work.GRADIENTS: []}
+    for work in 15 * tuple(seconds):
         model._current_fast_update().second_thread._best = work
         for _ in range(10):
             start = time.perf_counter()
