@@ -52,7 +52,7 @@ from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate, lay_out_for_device
 from sb3_lecture_dqn.fast.head import is_own_method, read_head
 from sb3_lecture_dqn.fast.threads import threads_for
-from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, rows_of
+from sb3_lecture_dqn.fast.update import FastUpdate, hard_copy, has_vector_observations, rows_of
 from sb3_lecture_dqn.metrics import MetricsOf, RunningMeans, stack_metrics
 from sb3_lecture_dqn.model_files import (
     MissingPolicyError,
@@ -670,7 +670,9 @@ class LectureDQN(OffPolicyAlgorithm):
     def _make_fast_update(self) -> FastUpdate | None:
         if self.device.type != "cpu":
             return GraphUpdate.for_policy(self.policy)
-        if not all(map(can_compile, map(read_head, (self.q_net, self.q_net_target)))):
+        heads = list(map(read_head, (self.q_net, self.q_net_target)))
+        behind_encoder = None not in heads and not has_vector_observations(self.policy)
+        if not all(can_compile(head, behind_encoder) for head in heads):
             return FastUpdate.for_policy(self.policy)
         from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate  # it imports Numba
 

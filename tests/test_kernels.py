@@ -699,10 +699,10 @@ def undecided() -> Iterator[None]:
 def test_whatever_keeps_numba_from_compiling_a_warning_says_it_once_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def compile_for(*_: Any) -> None:
+    def compile_for_acting(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(kernels, "compile_for", compile_for)
+    monkeypatch.setattr(kernels, "compile_for_acting", compile_for_acting)
     with pytest.warns(UserWarning, match=r"Numba does not compile here.*\(OSError: No space left on device\)") as warned:
         model = LectureDQN("MlpPolicy", "CartPole-v1", learning_starts=10, seed=0).learn(40)
     assert [str(warning.message).startswith("Numba") for warning in warned].count(True) == 1

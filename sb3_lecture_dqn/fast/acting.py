@@ -76,7 +76,7 @@ class FastActing:
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
     def _make_compiled_head(self) -> "CompiledHead | None":
-        if not can_compile(self.head):
+        if not can_compile(self.head, behind_encoder=not self.only_flattens):
             return None
         from sb3_lecture_dqn.fast.compiled_head import CompiledHead  # it imports Numba
 

@@ -8,11 +8,12 @@ import torch as th
 from sb3_lecture_dqn.fast.head import Head
 
 
-def can_compile(head: Head | None) -> bool:
+def can_compile(head: Head | None, behind_encoder: bool = False) -> bool:
     """
     Whether the kernels compute what a head does; they are compiled, or read from the disk, when this is first asked.
 
     :param head: The head
+    :param behind_encoder: Whether an encoder comes before it, so that its gradient is needed and not a whole step
     :return: Whether they do; if Numba does not compile here, for whatever reason, PyTorch's operations take their place
     """
     if head is None or any(layer.layer_norm is None for layer in head.hidden_layers):
@@ -23,15 +24,15 @@ def can_compile(head: Head | None) -> bool:
         return _warn(error)
     if not kernels.is_compiling() or not compiled_head.is_compilable(head):
         return False
-    return _can_compile_for(head.final_layer.weight.dtype, len(head.hidden_layers))
+    return _can_compile_for(head.final_layer.weight.dtype, len(head.hidden_layers), behind_encoder)
 
 
 @cache
-def _can_compile_for(dtype: th.dtype, n_hidden_layers: int) -> bool:
+def _can_compile_for(dtype: th.dtype, n_hidden_layers: int, behind_encoder: bool) -> bool:
     from sb3_lecture_dqn.fast import compiled_head
 
     try:
-        compiled_head.compile_kernels(dtype, n_hidden_layers)
+        compiled_head.compile_kernels(dtype, n_hidden_layers, behind_encoder)
     except Exception as error:
         return _warn(error)
     return True

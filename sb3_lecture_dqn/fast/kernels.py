@@ -1035,26 +1035,52 @@ def is_compiling() -> bool:
     return not numba.config.DISABLE_JIT and hasattr(adam_step, "py_func")  # type: ignore[attr-defined]
 
 
-def compile_for(
+# These raise whatever Numba raises if it cannot compile, for instance because the disk is full or what is on it is damaged.
+
+
+def compile_for_acting(head: "CompiledHead", features: np.ndarray) -> None:
+    """
+    Compile what acts, or read it from the disk.
+
+    :param head: Some head
+    :param features: Features of one observation
+    """
+    q_values(head, features)
+    q_values_of_one(head.plain_hidden_layers, head.final_weight, head.final_bias, features)
+
+
+def compile_for_head(head: "CompiledHead", workspaces: "tuple[Workspace, ...]", transitions: "Transitions") -> None:
+    """
+    Compile what a gradient step needs behind an encoder, or read it from the disk.
+
+    :param head: Some head, whose numbers are overwritten
+    :param workspaces: Memory for each hidden layer, for one row
+    :param transitions: Memory for one of them
+    """
+    features, actions, *_, targets = transitions
+    actions[:] = 0
+    squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets.copy(), features)
+    squared_norm(head.final_bias)
+    adam_step(_adam_on(head.final_bias))
+
+
+def compile_for_steps(
     head: "CompiledHead", workspaces: "tuple[Workspace, ...]", stored: "StoredTransitions", transitions: "Transitions"
 ) -> None:
     """
-    Compile what is called for a head, or read it from the disk.
+    Compile what whole gradient steps need, or read it from the disk.
 
-    :param head: The head, whose numbers are overwritten
+    :param head: Some head
     :param workspaces: Memory for each hidden layer, for one row
     :param stored: Some transitions
     :param transitions: Memory for one of them
-    :raises Exception: whatever Numba raises if it cannot, for instance because the disk is full or what is on it is damaged
     """
-    dtype = head.final_weight.dtype.type
     read_transitions(stored, np.zeros(1, np.int64), transitions)
-    row, features, actions, targets = np.zeros(1, dtype), transitions.observations, transitions.actions, transitions.rewards
-    adam = AdamArguments(row, row, row, row, np.zeros(1, np.float32), 0.0, (0.0, 0.0), 0.0)
-    q_values(head, features)
-    q_values_of_one(head.plain_hidden_layers, head.final_weight, head.final_bias, features)
-    squared_td_error_gradients(head, head, workspaces, features, actions, targets, targets, features)
-    squared_norm(row)
-    adam_step(adam)
-    heads, results = (head, head, head), (targets, np.zeros((1, 4), dtype), np.full((1, len(workspaces)), DONE))
-    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, transitions, *results)
+    adam, metrics = _adam_on(head.final_bias), np.zeros((1, 4), head.final_bias.dtype)
+    progress = np.full((1, len(workspaces)), DONE)
+    heads = head, head, head
+    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, transitions, transitions.rewards, metrics, progress)
+
+
+def _adam_on(numbers: np.ndarray) -> AdamArguments:
+    return AdamArguments(numbers, numbers, numbers, numbers, np.zeros(1, np.float32), 0.0, (0.0, 0.0), 0.0)
