@@ -511,11 +511,12 @@ def test_large_weights_are_left_to_libraries(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_behind_an_encoder_the_rest_of_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": GratefulEncoder})
+    assert can_compile(read_head(model.q_net), behind_encoder=True)
     calls: list[str] = []
     for name in ("q_values", "squared_td_error_gradients", "squared_norm", "gradient_steps"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, kernel=kernel: (calls.append(name), kernel(*args))[1])
-    model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": GratefulEncoder})
     train_on(model, random_batch("vector", np.random.default_rng(0), th.float32))
     assert calls == ["q_values", "squared_td_error_gradients", "squared_norm"]
 
