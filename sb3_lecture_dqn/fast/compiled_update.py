@@ -144,7 +144,7 @@ class CompiledUpdate(FastUpdate):
         workspaces, scratch_of_second = self._workspaces_for(batch_size)
         n_updates, number = len(transitions.actions) // batch_size, self._flat_gradient.dtype
         targets, metrics = np.empty_like(transitions.rewards), np.empty((n_updates, 4), number)
-        progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY)
+        progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY, np.int64)
         progress[:, 0] = kernels.READY
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
         settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm

@@ -350,10 +350,6 @@ def _place_of_piece(context: Any, builder: Any, signature: Any, arguments: Any) 
     return _place(builder, progress, number, arguments[1]), number
 
 
-#: Whether the system's C library, which is in every process, has the function below.
-OFFERS_CORE = os.name == "posix"
-_offer_core: Any = types.ExternalFunction("sched_yield", types.int32())
-
 #: Whether this thread, and no other, does a piece of work from now on: one that is ready and nobody's.
 _claim: Any = intrinsic(_type_claim)
 #: What a piece of work has come to; what has been written before is there.
@@ -361,7 +357,14 @@ _state: Any = intrinsic(_type_state)
 _set_state: Any = intrinsic(_type_set_state)
 
 
-#: So many looks at a piece come before the core is offered to others, of whom one may be what is waited for.
+@compiled_once
+def _keep_core() -> None:
+    """What a thread does that has no way to offer its core."""
+
+
+#: Lets others have the core for a while; the C library, which has this function, is in every process.
+_offer_core: Any = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else _keep_core
+#: So many looks at a piece come before that: whose turn it is then may be the thread that is waited for.
 PATIENCE = 1_000
 
 
@@ -370,7 +373,7 @@ def _wait_until(progress: np.ndarray, piece: int, state: int) -> None:
     n_looks = 0
     while _state(progress, piece) < state:
         n_looks += 1
-        if n_looks > PATIENCE and OFFERS_CORE:
+        if n_looks > PATIENCE:
             _offer_core()
 
 
@@ -1077,7 +1080,7 @@ def compile_for_steps(
     """
     read_transitions(stored, np.zeros(1, np.int64), transitions)
     adam, metrics = _adam_on(head.final_bias), np.zeros((1, 4), head.final_bias.dtype)
-    progress = np.full((1, len(workspaces)), DONE)
+    progress = np.full((1, len(workspaces)), DONE, np.int64)
     heads = head, head, head
     gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, transitions, transitions.rewards, metrics, progress)
 
