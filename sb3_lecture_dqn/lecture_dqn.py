@@ -47,7 +47,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_lecture_dqn.divergence import DivergenceWatch, check_parameters
 from sb3_lecture_dqn.envs.single_vec_env import SingleVecEnv
 from sb3_lecture_dqn.fast.acting import FastActing
-from sb3_lecture_dqn.fast.compiling import can_compile
+from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.graph import GraphActing, GraphUpdate, lay_out_for_device
 from sb3_lecture_dqn.fast.head import is_own_method, read_head
@@ -671,8 +671,8 @@ class LectureDQN(OffPolicyAlgorithm):
         if self.device.type != "cpu":
             return GraphUpdate.for_policy(self.policy)
         heads = list(map(read_head, (self.q_net, self.q_net_target)))
-        behind_encoder = None not in heads and not has_vector_observations(self.policy)
-        if not all(can_compile(head, behind_encoder) for head in heads):
+        use = Use.STEPS if None not in heads and has_vector_observations(self.policy) else Use.HEAD
+        if not all(can_compile(head, use) for head in heads):
             return FastUpdate.for_policy(self.policy)
         from sb3_lecture_dqn.fast.compiled_update import CompiledUpdate  # it imports Numba
 

@@ -122,7 +122,8 @@ class ContiguousReplayBuffer(ReplayBuffer):
         :param kind_of_records: ``CopiedRecords`` for what a CUDA device has, ``StoredTransitions`` for what the kernels read
         :return: Which transitions they are; the transitions themselves where there are no such records
         """
-        indices = self._with_environments(np.random.randint(0, self.size(), size=batch_size))
+        drawn = self._with_environments(np.random.randint(0, self.size(), size=batch_size))
+        indices = drawn.astype(np.int64, copy=False)  # Windows has smaller ones
         records = self._records_there() if kind_of_records is CopiedRecords else self._records_here()
         return self._samples_here(indices) if records is None else DrawnRows(indices, records)
 
@@ -139,6 +140,7 @@ class ContiguousReplayBuffer(ReplayBuffer):
         return self._stored
 
     def _records_there(self) -> CopiedRecords | None:
+        self._stored = None  # views that are counted as somebody's
         return self._device_copy.records(self) if is_cuda(self.device) else None
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:

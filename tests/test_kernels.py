@@ -25,7 +25,7 @@ from sb3_lecture_dqn.fast.acting import FastActing
 from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead
 from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
-from sb3_lecture_dqn.fast.compiling import can_compile
+from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.head import read_head
 from sb3_lecture_dqn.fast.second_thread import Work
 from sb3_lecture_dqn.fast.stored_transitions import Transitions
@@ -174,7 +174,7 @@ def small_head(dtype: th.dtype, net_arch: list[int]) -> tuple[LectureDQN, Compil
     for parameter in model.policy.parameters():
         parameter.data += 0.1 * th.randn_like(parameter)
     head = read_head(model.q_net_target)
-    assert can_compile(head)
+    assert can_compile(head, Use.STEPS)
     assert head is not None
     return model, CompiledHead.of(head)
 
@@ -307,7 +307,7 @@ def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int
             time.sleep(1e-4)
         done_by_second.append((progress == kernels.DONE).sum() if is_first_thread else 0)
         kernel(is_first_thread, *args)
-        assert (progress == kernels.DONE).all()
+        assert not is_first_thread or (progress == kernels.DONE).all()
 
     monkeypatch.setattr(kernels, "gradient_steps", begin_second)
     for _ in range(20):
@@ -315,35 +315,96 @@ def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int
     assert sum(done_by_second) >= 20
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_weights_gradient_is_computed_by_who_claims_it(waits: bool) -> None:
+#: What a piece has come to, and whether a thread that comes then computes it.
+STATES = [(kernels.READY, True), (kernels.CLAIMED_BY_FIRST, False), (kernels.DONE, False)]
+
+
+@pytest.mark.parametrize(
+    ("state", "is_computed", "is_first_thread"),
+    [*((*state, False) for state in STATES), (kernels.READY, True, True), (kernels.DONE, False, True)],
+)
+def test_a_weights_gradient_is_computed_by_who_claims_it(state: int, is_computed: bool, is_first_thread: bool) -> None:
     steps = Steps([24, 40])
-    expected = steps.by(Work.NOTHING)
+    steps.by(Work.NOTHING)
     workspaces, gradients = steps.update._workspaces[0], steps.update.compiled_gradients
     weight = gradients.hidden_layers[1].weight
-    after_the_steps = weight.copy()
-    for state, is_computed in ((kernels.READY, True), (kernels.CLAIMED, False), (kernels.DONE, False)):
-        weight[:] = 0
-        pieces = np.array([kernels.DONE, state])
-        kernels.weight_gradients_if_nobodys(pieces, waits, workspaces, gradients)
-        assert pieces[1] == (kernels.DONE if is_computed else state)
-        if is_computed:
-            clipped = after_the_steps / np.linalg.norm(after_the_steps)
-            np.testing.assert_allclose(weight / np.linalg.norm(weight), clipped, rtol=1e-3, atol=1e-6)
-        else:
-            assert not weight.any()
-    assert expected
+    expected = workspaces[1].gradient.T @ workspaces[0].activations
+    weight[:] = 0
+    pieces = np.array([kernels.DONE, state])
+    kernels.weight_gradients_by_either(pieces, is_first_thread, workspaces, gradients)
+    assert pieces[1] == (kernels.DONE if is_computed else state)
+    np.testing.assert_allclose(weight, expected if is_computed else 0, rtol=1e-4, atol=1e-6)
 
 
-def test_targets_are_computed_by_who_claims_them() -> None:
+@pytest.mark.parametrize(("state", "is_computed"), STATES)
+def test_targets_are_computed_by_who_claims_them(state: int, is_computed: bool) -> None:
     steps = Steps([24])
-    (workspaces, scratch), head = steps.update._workspaces_for(16), steps.update.compiled_target
-    for state, is_computed in ((kernels.READY, True), (kernels.CLAIMED, False), (kernels.DONE, False)):
-        pieces, targets = np.array([state]), np.full((32, 1), np.nan, np.float32)
-        kernels.td_targets_if_nobodys(pieces, head, scratch, steps.transitions, slice(16, 32), targets)
-        assert np.isnan(targets).sum() == (16 if is_computed else 32)
-        assert pieces[0] == (kernels.DONE if is_computed else state)
-    assert workspaces is not scratch
+    _, scratch = steps.update._workspaces_for(16)
+    pieces, targets = np.array([state]), np.full((32, 1), np.nan, np.float32)
+    of_batch = steps.update.compiled_target, scratch, steps.transitions, slice(16, 32)
+    kernels.td_targets_by_either(pieces, False, *of_batch, targets)
+    assert np.isnan(targets).sum() == (16 if is_computed else 32)
+    assert pieces[0] == (kernels.DONE if is_computed else state)
+
+
+def later(action: Callable[[], object]) -> threading.Thread:
+    """Something that another thread does while this one waits."""
+    thread = threading.Thread(target=lambda: (time.sleep(0.1), action()))
+    thread.start()
+    return thread
+
+
+def test_the_second_thread_waits_for_what_is_not_ready() -> None:
+    steps = Steps([24, 40])
+    steps.by(Work.NOTHING)
+    workspaces, gradients = steps.update._workspaces[0], steps.update.compiled_gradients
+    gradients.hidden_layers[1].weight[:] = 0
+    pieces = np.array([kernels.DONE, kernels.NOT_READY])
+    thread = later(lambda: pieces.__setitem__(1, kernels.READY))
+    kernels.weight_gradients_by_either(pieces, False, workspaces, gradients)
+    thread.join()
+    assert pieces[1] == kernels.DONE
+    assert gradients.hidden_layers[1].weight.any()
+
+
+def test_what_the_second_thread_gives_back_is_computed_by_the_first() -> None:
+    expected, steps = Steps([24, 40]).by(Work.NOTHING), Steps([24, 40])
+    begin, threads = steps.update.second_thread.start, []
+
+    def claim_and_give_back(call: Any, work: Work) -> Any:
+        """What happens where the second thread has claimed targets and then finds no memory for them."""
+        progress = call.args[-1]
+        progress[1, 0] = kernels.CLAIMED_BY_SECOND
+        threads.append(later(lambda: progress[1].__setitem__(0, kernels.READY)))
+        return begin(call, work)
+
+    steps.update.second_thread.start = claim_and_give_back  # type: ignore[method-assign]
+    assert steps.by(Work.NOTHING) == expected
+    threads[0].join()
+
+
+def test_a_failure_of_the_second_thread_gives_back_what_it_has_claimed() -> None:
+    progress = np.array([[kernels.DONE, kernels.CLAIMED_BY_FIRST], [kernels.CLAIMED_BY_SECOND, kernels.NOT_READY]])
+
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        compiled_update._help(fail, (), progress)
+    assert progress.tolist() == [[kernels.DONE, kernels.CLAIMED_BY_FIRST], [kernels.READY, kernels.NOT_READY]]
+
+
+def test_another_clipping_counts_at_once_whatever_kind_of_number_it_is() -> None:
+    steps = Steps([24, 40])
+    n_kinds = len(kernels.gradient_steps.signatures)  # type: ignore[attr-defined]
+    norms = []
+    for max_grad_norm in (10, 0.5, None, 0.25):
+        steps.update._compiled_steps(steps.transitions, 16, max_grad_norm)
+        norms.append(float(np.linalg.norm(steps.update.gradient.numpy())))
+    assert norms[1] == pytest.approx(0.5, rel=1e-4)
+    assert norms[2] > 0.5
+    assert norms[3] == pytest.approx(0.25, rel=1e-4)
+    assert len(kernels.gradient_steps.signatures) == n_kinds  # type: ignore[attr-defined]
 
 
 def test_the_second_thread_is_free_again_after_an_error() -> None:
@@ -512,7 +573,7 @@ def test_large_weights_are_left_to_libraries(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_behind_an_encoder_the_rest_of_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("vector", fast=True, dtype=th.float32, policy_kwargs={"features_extractor_class": GratefulEncoder})
-    assert can_compile(read_head(model.q_net), behind_encoder=True)
+    assert can_compile(read_head(model.q_net), Use.HEAD)
     calls: list[str] = []
     for name in ("q_values", "squared_td_error_gradients", "squared_norm", "gradient_steps"):
         kernel = getattr(kernels, name)
@@ -642,7 +703,7 @@ def test_layers_that_do_not_fit_the_kernels_are_left_to_pytorch(change: Callable
     model = make_model("vector", fast=True)
     change(model)
     model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
-    assert not all(map(can_compile, map(read_head, (model.q_net, model.q_net_target))))
+    assert not all(can_compile(read_head(q_net), Use.HEAD) for q_net in (model.q_net, model.q_net_target))
     acting = FastActing.for_policy(model.policy.float())
     assert acting is not None
     assert (acting.compiled_head is None) == (change is not take_a_target_without_layer_norm)

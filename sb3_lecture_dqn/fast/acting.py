@@ -15,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_lecture_dqn.fast.compiling import can_compile
+from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.head import (
     Composition,
     Head,
@@ -76,7 +76,7 @@ class FastActing:
         self.final_weight, self.final_bias = self.head.final_layer.weight.numpy(), self.head.final_layer.bias.numpy()
 
     def _make_compiled_head(self) -> "CompiledHead | None":
-        if not can_compile(self.head, behind_encoder=not self.only_flattens):
+        if not can_compile(self.head, Use.ACTING):
             return None
         from sb3_lecture_dqn.fast.compiled_head import CompiledHead  # it imports Numba
 
@@ -142,7 +142,7 @@ class FastActing:
             q_values = self.q_values_of_several(features)
         else:
             with th.no_grad(), threads_for(len(features) * self.n_parameters):
-                q_values = forward(self.head, th.from_numpy(features)).numpy()
+                q_values = forward(self.head, th.from_numpy(np.ascontiguousarray(features))).numpy()
         actions: np.ndarray = q_values.argmax(axis=1)
         return actions
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_lecture_dqn.fast import kernels, threads
+from sb3_lecture_dqn.fast.compiling import Use
 from sb3_lecture_dqn.fast.head import Head, HiddenLayer
 from sb3_lecture_dqn.fast.products import LinearTensors
 from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions, readable_record
@@ -71,7 +72,7 @@ class CompiledHead(NamedTuple):
     hidden_layers: tuple[CompiledLayer, ...]
     final_weight: np.ndarray
     final_bias: np.ndarray
-    #: More rows are work for several threads, which the kernels do not use; where there are any.
+    #: More rows are work for more threads than the kernels use; where there are any.
     most_rows: int
 
     @property
@@ -167,24 +168,25 @@ def _is_of_shape(linear: LinearTensors, n_inputs: int) -> bool:
     return fits and weight.is_contiguous() and bias.is_contiguous() and weight.numel() <= MOST_WEIGHTS
 
 
-def compile_kernels(dtype: th.dtype, n_hidden_layers: int, behind_encoder: bool) -> None:
+def compile_kernels(dtype: th.dtype, n_hidden_layers: int, use: Use) -> None:
     """
     Compile the kernels, or read them from the disk.
 
     :param dtype: The type of the numbers
     :param n_hidden_layers: The number of hidden layers
-    :param behind_encoder: Whether they are for a head behind an encoder, or for a whole step
+    :param use: What they are for
     :raises Exception: whatever Numba raises if it cannot, for instance because the disk is full or what is on it is damaged
     """
     number = NUMPY_TYPES[dtype]
     row, matrix = np.zeros(1, number), np.zeros((1, 1), number)
     layer = CompiledLayer(matrix, row, row, row, number(0), number(0))
     head = CompiledHead(n_hidden_layers * (layer,), matrix, row, 1)
-    kernels.compile_for_acting(head, matrix)
     transitions = Transitions.empty(1, 1, number)
-    if behind_encoder:
+    if use == Use.ACTING:
+        kernels.compile_for_acting(head, matrix)
+    elif use == Use.HEAD:
         kernels.compile_for_head(head, head.workspaces(1), transitions)
-        return
-    stored = StoredTransitions.of(np.zeros(2, readable_record(n_features=1)), False)
-    assert stored is not None
-    kernels.compile_for_steps(head, head.workspaces(1), stored, transitions)
+    else:
+        stored = StoredTransitions.of(np.zeros(2, readable_record(n_features=1)), False)
+        assert stored is not None
+        kernels.compile_for_steps(head, head.workspaces(1), stored, transitions)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -14,13 +14,14 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_lecture_dqn.fast import kernels
 from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead, Workspace
+from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
 from sb3_lecture_dqn.fast.second_thread import Work
 from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions
 from sb3_lecture_dqn.fast.update import FastUpdate, StepResults, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
 
-#: More parameters are work for several threads, which the kernels do not use.
+#: More parameters are work for more threads than the kernels use.
 MOST_PARAMETERS = 2**20
 
 
@@ -69,6 +70,14 @@ def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> th.Tensor:
     return parts[0] if len(parts) == 1 else th.cat(parts, dim=1)
 
 
+def _help(gradient_steps: Callable[..., None], arguments: tuple[Any, ...], progress: np.ndarray) -> None:
+    try:
+        gradient_steps(*arguments)
+    except BaseException:  # there is no memory left: the first thread tries it itself, and says so if it fails too
+        progress[progress == kernels.CLAIMED_BY_SECOND] = kernels.READY
+        raise
+
+
 def _tensors_of(samples: Any, transitions: Transitions | None) -> ReplayBufferSamples:
     """What was drawn, or what was read of it."""
     if transitions is None or not isinstance(samples, DrawnRows):
@@ -111,13 +120,11 @@ class CompiledUpdate(FastUpdate):
 
     @property
     def kind_of_records(self) -> type[Any] | None:  # type: ignore[override]
-        """The kind of records in which it reads transitions that were only drawn, which needs observations without encoder."""
-        return StoredTransitions if self.has_vector_observations and self._is_preprocessings_type else None
-
-    @property
-    def _is_preprocessings_type(self) -> bool:
-        """Whether the parameters are of the type that SB3's preprocessing gives; if not, PyTorch says what is wrong."""
-        return self.theta.dtype == th.float32 or self.theta.dtype == th.empty(0).float().dtype
+        """
+        The kind of records in which it reads transitions that were only drawn. That needs observations without encoder and, as
+        SB3's preprocessing gives float32, parameters of that type; with others PyTorch says what is wrong.
+        """
+        return StoredTransitions if self.has_vector_observations and self.theta.dtype == th.float32 else None
 
     def steps(
         self, samples: ReplayBufferSamples | DrawnRows, targets_of: TargetsOf, batch_size: int, max_grad_norm: float | None
@@ -147,12 +154,12 @@ class CompiledUpdate(FastUpdate):
         progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY, np.int64)
         progress[:, 0] = kernels.READY
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
-        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else max_grad_norm
+        settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else float(max_grad_norm)
         shared = *heads, workspaces, *settings, transitions, targets, metrics, progress
         if self._gradient_steps is None:
             self._gradient_steps = kernels.entry_of(kernels.gradient_steps, (True, workspaces, *shared))
         try:
-            help_with_it = partial(self._gradient_steps, False, scratch_of_second, *shared)
+            help_with_it = partial(_help, self._gradient_steps, (False, scratch_of_second, *shared), progress)
             task = self.second_thread.start(help_with_it, Work.GRADIENTS)
             self._gradient_steps(True, workspaces, *shared)
             task.withdraw()
@@ -187,6 +194,7 @@ class CompiledUpdate(FastUpdate):
         """Whether the kernels, which look at nothing, compute all of a step on these transitions."""
         observations, actions, next_observations, *others = transitions
         has_one_of_each = all(array.shape == (len(observations), 1) for array in (actions, *others))
+        has_one_of_each = has_one_of_each and len(next_observations) == len(observations)
         if not self._are_heads_alike or not isinstance(self.adam, CompiledAdam) or not has_one_of_each:
             return False
         return self.compiled_head.takes(observations) and self.compiled_target.takes(next_observations)
@@ -213,7 +221,7 @@ class CompiledUpdate(FastUpdate):
         self, features: th.Tensor, selection: th.Tensor, batch_targets: Callable[[], th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         targets = batch_targets()
-        is_for_kernels = self.compiled_head.takes(features) and len(features) == len(selection)
+        is_for_kernels = self._is_head_compiled and self.compiled_head.takes(features) and len(features) == len(selection)
         if not is_for_kernels or targets.shape != selection.shape or targets.dtype != features.dtype:
             return super()._head_gradients_of(features, super()._selections(selection, selection.size(0)), lambda: targets)
         features_gradient = th.empty_like(features) if self.has_trained_encoder else features[:0]
@@ -223,6 +231,11 @@ class CompiledUpdate(FastUpdate):
         with self._named_actions(selection.numpy()):
             kernels.squared_td_error_gradients(*of_theta, *map(th.Tensor.numpy, tensors))
         return q_values, targets, features_gradient if self.has_trained_encoder else None
+
+    @cached_property
+    def _is_head_compiled(self) -> bool:
+        """Behind an encoder it is; otherwise it is not needed but for batches of another form."""
+        return can_compile(self.head, Use.HEAD)
 
     def _workspaces_for(self, n_rows: int) -> list[tuple[Workspace, ...]]:
         if not self._workspaces or len(self._workspaces[0][0].means) != n_rows:

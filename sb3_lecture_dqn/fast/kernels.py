@@ -307,20 +307,20 @@ def _multiply_few_columns(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: n
 
 # --- Two threads ------------------------------------------------------------------------------------------------------------
 
-#: What a piece of work has come to: not yet possible, nobody's, somebody's, done.
-NOT_READY, READY, CLAIMED, DONE = range(4)
+#: What a piece of work has come to: not yet possible, nobody's, the first thread's, the second one's, done.
+NOT_READY, READY, CLAIMED_BY_FIRST, CLAIMED_BY_SECOND, DONE = range(5)
 
 #: Processors whose cores may have two threads, of which a waiting one should leave the core to the other.
 HYPERTHREADED = ("x86_64", "amd64")
 
 
-def _type_claim(_: Any, progress: Any, piece: Any) -> Any:
+def _type_claim(_: Any, progress: Any, piece: Any, claimed: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place, number = _place_of_piece(context, builder, signature, arguments)
-        states = (ir.Constant(number, state) for state in (READY, CLAIMED))
+        states = ir.Constant(number, READY), builder.trunc(arguments[2], number)
         return builder.extract_value(builder.cmpxchg(place, *states, "acq_rel", "acquire"), 1)
 
-    return types.boolean(progress, piece), build
+    return types.boolean(progress, piece, types.int64), build
 
 
 def _type_state(_: Any, progress: Any, piece: Any) -> Any:
@@ -369,12 +369,23 @@ PATIENCE = 1_000
 
 
 @compiled_once
-def _wait_until(progress: np.ndarray, piece: int, state: int) -> None:
+def _wait_until_ready(progress: np.ndarray, piece: int) -> None:
     n_looks = 0
-    while _state(progress, piece) < state:
+    while _state(progress, piece) == NOT_READY:
         n_looks += 1
         if n_looks > PATIENCE:
             _offer_core()
+
+
+@compiled_once
+def _is_done_by_second(progress: np.ndarray, piece: int) -> bool:
+    """Wait for the second thread, if the piece is its; it may also have given it back."""
+    n_looks = 0
+    while _state(progress, piece) == CLAIMED_BY_SECOND:
+        n_looks += 1
+        if n_looks > PATIENCE:
+            _offer_core()
+    return bool(_state(progress, piece) == DONE)
 
 
 # --- The layers -------------------------------------------------------------------------------------------------------------
@@ -925,8 +936,9 @@ def check_actions(actions: np.ndarray, n_actions: int) -> None:
 
 
 @compiled
-def td_targets_if_nobodys(
+def td_targets_by_either(
     pieces: np.ndarray,
+    is_first_thread: bool,
     target_head: "CompiledHead",
     scratch: "tuple[Workspace, ...]",
     transitions: "Transitions",
@@ -934,39 +946,49 @@ def td_targets_if_nobodys(
     targets: np.ndarray,
 ) -> None:
     """
-    Compute the targets of a batch, unless the other thread does.
+    The targets of a batch, computed by the thread that comes first; when the first thread is through, they are there.
 
     :param pieces: What the pieces of the step have come to
+    :param is_first_thread: As for :func:`gradient_steps`
     :param target_head: As for :func:`gradient_steps`
     :param scratch: As for :func:`gradient_steps`
     :param transitions: As for :func:`gradient_steps`
     :param rows: Those of the batch
     :param targets: As for :func:`gradient_steps`
     """
-    if _claim(pieces, 0):
-        of_next, rewards, dones = transitions.next_observations[rows], transitions.rewards[rows], transitions.dones[rows]
-        td_targets(target_head, scratch, of_next, rewards, dones, transitions.discounts[rows], targets[rows])
-        _set_state(pieces, 0, DONE)
+    is_over = False
+    while not is_over:
+        if _claim(pieces, 0, CLAIMED_BY_FIRST if is_first_thread else CLAIMED_BY_SECOND):
+            of_next, rewards, dones = transitions.next_observations[rows], transitions.rewards[rows], transitions.dones[rows]
+            td_targets(target_head, scratch, of_next, rewards, dones, transitions.discounts[rows], targets[rows])
+            _set_state(pieces, 0, DONE)
+        is_over = not is_first_thread or _is_done_by_second(pieces, 0)
 
 
 @compiled
-def weight_gradients_if_nobodys(
-    pieces: np.ndarray, waits: bool, workspaces: "tuple[Workspace, ...]", gradients: "CompiledHead"
+def weight_gradients_by_either(
+    pieces: np.ndarray, is_first_thread: bool, workspaces: "tuple[Workspace, ...]", gradients: "CompiledHead"
 ) -> None:
     """
-    Compute the gradients of the hidden layers' weights from the second layer on, but for what the other thread does.
+    The gradients of the hidden layers' weights from the second layer on, each computed by the thread that comes first; when
+    the first thread is through, they are there.
 
     :param pieces: What the pieces of the step have come to
-    :param waits: Whether the other thread is still to say that a piece is ready
+    :param is_first_thread: As for :func:`gradient_steps`; the other one waits for each piece to be ready
     :param workspaces: As for :func:`gradient_steps`
     :param gradients: As for :func:`gradient_steps`
     """
-    for i in range(len(workspaces) - 1, 0, -1):
-        if waits:
-            _wait_until(pieces, i, READY)
-        if _claim(pieces, i):
-            weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
-            _set_state(pieces, i, DONE)
+    is_over = False
+    while not is_over:
+        for i in range(len(workspaces) - 1, 0, -1):
+            if not is_first_thread:
+                _wait_until_ready(pieces, i)
+            if _claim(pieces, i, CLAIMED_BY_FIRST if is_first_thread else CLAIMED_BY_SECOND):
+                weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
+                _set_state(pieces, i, DONE)
+        is_over = True
+        for i in range(1, len(workspaces) if is_first_thread else 1):
+            is_over = _is_done_by_second(pieces, i) and is_over
 
 
 @compiled
@@ -1016,14 +1038,11 @@ def gradient_steps(
         features, actions = transitions.observations[rows], transitions.actions[rows]
         if is_first_thread:
             forward_pass(head, workspaces, features, q_values)
-        td_targets_if_nobodys(pieces, target_head, scratch, transitions, rows, targets)
+        td_targets_by_either(pieces, is_first_thread, target_head, scratch, transitions, rows, targets)
         if is_first_thread:
-            _wait_until(pieces, 0, DONE)
             backward_pass(head, gradients, workspaces, features, actions, targets[rows], q_values, features[:0], pieces)
-        weight_gradients_if_nobodys(pieces, not is_first_thread, workspaces, gradients)
+        weight_gradients_by_either(pieces, is_first_thread, workspaces, gradients)
         if is_first_thread:
-            for piece in range(1, len(workspaces)):
-                _wait_until(pieces, piece, DONE)
             metrics[step, :3] = td_metrics(q_values, actions, targets[rows])
             metrics[step, 3] = clipped_adam_step(adam, max_grad_norm)
 

@@ -34,7 +34,7 @@ class Task(Generic[T]):
     """
 
     def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
+        self._call: Callable[[], T] | None = call
         self._begun, self._running = threading.Lock(), threading.Lock()
         self._running.acquire()
         self._results: list[T] = []
@@ -45,10 +45,12 @@ class Task(Generic[T]):
         if not self._begun.acquire(blocking=False):
             return
         try:
+            assert self._call is not None
             self._results.append(self._call())
         except BaseException as error:
             self._error = error
         finally:
+            self._call = None  # the second thread keeps its last task, which should not keep a model
             self._running.release()
 
     def result(self) -> T:
@@ -70,7 +72,8 @@ class Task(Generic[T]):
 
     def withdraw(self) -> None:
         """Let nobody begin it from now on."""
-        self._begun.acquire(blocking=False)
+        if self._begun.acquire(blocking=False):
+            self._call = None
 
     def wait(self) -> None:
         """Wait for who has begun it."""
