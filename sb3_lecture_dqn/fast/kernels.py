@@ -378,8 +378,8 @@ def _wait_until_ready(progress: np.ndarray, piece: int) -> None:
 
 
 @compiled_once
-def _is_done_by_second(progress: np.ndarray, piece: int) -> bool:
-    """Wait for the second thread, if the piece is its; it may also have given it back."""
+def _is_done(progress: np.ndarray, piece: int) -> bool:
+    """Whether nobody need do it any more; if the second thread is at it, wait until it is through or gives it back."""
     n_looks = 0
     while _state(progress, piece) == CLAIMED_BY_SECOND:
         n_looks += 1
@@ -962,7 +962,7 @@ def td_targets_by_either(
             of_next, rewards, dones = transitions.next_observations[rows], transitions.rewards[rows], transitions.dones[rows]
             td_targets(target_head, scratch, of_next, rewards, dones, transitions.discounts[rows], targets[rows])
             _set_state(pieces, 0, DONE)
-        is_over = not is_first_thread or _is_done_by_second(pieces, 0)
+        is_over = not is_first_thread or _is_done(pieces, 0)
 
 
 @compiled
@@ -988,7 +988,7 @@ def weight_gradients_by_either(
                 _set_state(pieces, i, DONE)
         is_over = True
         for i in range(1, len(workspaces) if is_first_thread else 1):
-            is_over = _is_done_by_second(pieces, i) and is_over
+            is_over = _is_done(pieces, i) and is_over
 
 
 @compiled
