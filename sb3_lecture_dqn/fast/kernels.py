@@ -254,7 +254,7 @@ def multiply(a: np.ndarray, b: np.ndarray, bias: np.ndarray, out: np.ndarray) ->
         _multiply_few_columns(a, b, bias, out)
         return
     for begin in range(0, n_columns, width):
-        column = min(begin, n_columns - width)
+        column = min(begin, n_columns - width)  # the last tiles may lie over those before them
         end = column + width
         _multiply_columns_of_a_tile(a, b[:, column:end], bias[column:end], out[:, column:end])
 
@@ -369,9 +369,9 @@ PATIENCE = 1_000
 
 
 @compiled_once
-def _wait_until_ready(progress: np.ndarray, piece: int) -> None:
+def _wait_while(progress: np.ndarray, piece: int, state: int) -> None:
     n_looks = 0
-    while _state(progress, piece) == NOT_READY:
+    while _state(progress, piece) == state:
         n_looks += 1
         if n_looks > PATIENCE:
             _offer_core()
@@ -380,11 +380,7 @@ def _wait_until_ready(progress: np.ndarray, piece: int) -> None:
 @compiled_once
 def _is_done(progress: np.ndarray, piece: int) -> bool:
     """Whether nobody need do it any more; if the second thread is at it, wait until it is through or gives it back."""
-    n_looks = 0
-    while _state(progress, piece) == CLAIMED_BY_SECOND:
-        n_looks += 1
-        if n_looks > PATIENCE:
-            _offer_core()
+    _wait_while(progress, piece, CLAIMED_BY_SECOND)
     return bool(_state(progress, piece) == DONE)
 
 
@@ -723,6 +719,32 @@ def backward_pass(
 
 
 @compiled
+def weight_gradients_by_either(
+    pieces: np.ndarray, is_first_thread: bool, workspaces: "tuple[Workspace, ...]", gradients: "CompiledHead"
+) -> None:
+    """
+    The gradients of the hidden layers' weights from the second layer on, each computed by the thread that comes first; when
+    the first thread is through, they are there.
+
+    :param pieces: What the pieces of the step have come to
+    :param is_first_thread: As for :func:`gradient_steps`; the other one waits for each piece to be ready
+    :param workspaces: As for :func:`gradient_steps`
+    :param gradients: As for :func:`gradient_steps`
+    """
+    is_over = False
+    while not is_over:
+        for i in range(len(workspaces) - 1, 0, -1):
+            if not is_first_thread:
+                _wait_while(pieces, i, NOT_READY)
+            if _claim(pieces, i, CLAIMED_BY_FIRST if is_first_thread else CLAIMED_BY_SECOND):
+                weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
+                _set_state(pieces, i, DONE)
+        is_over = True
+        for i in range(1, len(workspaces) if is_first_thread else 1):
+            is_over = _is_done(pieces, i) and is_over
+
+
+@compiled
 def squared_td_error_gradients(
     head: "CompiledHead",
     gradients: "CompiledHead",
@@ -736,21 +758,20 @@ def squared_td_error_gradients(
     """
     The gradient of the mean of (Q(s, a, θ) − target)² (L12).
 
-    :param head: Q's layers
-    :param gradients: Where the gradients of their parameters are written
-    :param workspaces: Memory for each hidden layer
-    :param features: What the encoder gives for s, shape (B, features_dim)
-    :param actions: a, shape (B, 1)
-    :param targets: r + ¬d γ max_a' Q(s', a', ψ), shape (B, 1)
+    :param head: As for :func:`backward_pass`
+    :param gradients: As for :func:`backward_pass`
+    :param workspaces: As for :func:`backward_pass`
+    :param features: As for :func:`backward_pass`
+    :param actions: As for :func:`backward_pass`
+    :param targets: As for :func:`backward_pass`
     :param q_values: Where Q(s, ·, θ) is written, shape (B, |A|)
-    :param features_gradient: Where the gradient of the features is written, shape (B, features_dim), or (0, …) for nowhere
+    :param features_gradient: As for :func:`backward_pass`
     :raises IndexError: if an action is none of the environment's
     """
     progress = np.zeros(len(workspaces), np.int64)
     forward_pass(head, workspaces, features, q_values)
     backward_pass(head, gradients, workspaces, features, actions, targets, q_values, features_gradient, progress)
-    for i in range(1, len(workspaces)):
-        weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
+    weight_gradients_by_either(progress, True, workspaces, gradients)
 
 
 @compiled_once
@@ -963,32 +984,6 @@ def td_targets_by_either(
             td_targets(target_head, scratch, of_next, rewards, dones, transitions.discounts[rows], targets[rows])
             _set_state(pieces, 0, DONE)
         is_over = not is_first_thread or _is_done(pieces, 0)
-
-
-@compiled
-def weight_gradients_by_either(
-    pieces: np.ndarray, is_first_thread: bool, workspaces: "tuple[Workspace, ...]", gradients: "CompiledHead"
-) -> None:
-    """
-    The gradients of the hidden layers' weights from the second layer on, each computed by the thread that comes first; when
-    the first thread is through, they are there.
-
-    :param pieces: What the pieces of the step have come to
-    :param is_first_thread: As for :func:`gradient_steps`; the other one waits for each piece to be ready
-    :param workspaces: As for :func:`gradient_steps`
-    :param gradients: As for :func:`gradient_steps`
-    """
-    is_over = False
-    while not is_over:
-        for i in range(len(workspaces) - 1, 0, -1):
-            if not is_first_thread:
-                _wait_until_ready(pieces, i)
-            if _claim(pieces, i, CLAIMED_BY_FIRST if is_first_thread else CLAIMED_BY_SECOND):
-                weight_gradient(workspaces[i - 1].activations, workspaces[i].gradient, gradients.hidden_layers[i].weight)
-                _set_state(pieces, i, DONE)
-        is_over = True
-        for i in range(1, len(workspaces) if is_first_thread else 1):
-            is_over = _is_done(pieces, i) and is_over
 
 
 @compiled
