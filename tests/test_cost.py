@@ -139,6 +139,16 @@ def test_the_hard_copy_of_the_target_network_is_one_operation() -> None:
     assert operations_of(model._on_step) == Counter({"_foreach_copy_.default": 1})
 
 
+def test_the_hard_copy_of_the_target_network_wakes_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_model(target_update_interval=1)
+    seen = []
+    monkeypatch.setattr(th, "_foreach_copy_", lambda *_: seen.append(th.get_num_threads()))
+    th.set_num_threads(3)
+    model._on_step()
+    assert seen == [1]
+    assert th.get_num_threads() == 3
+
+
 def test_acting_in_one_environment_needs_nothing_of_pytorch() -> None:
     model = trained_model()
     model.exploration_rate = 0.0

@@ -35,6 +35,7 @@ from sb3_lecture_dqn.fast.head import (
     replaces_methods,
 )
 from sb3_lecture_dqn.fast.second_thread import SecondThread, Task, Work
+from sb3_lecture_dqn.fast.threads import threads_for
 from sb3_lecture_dqn.policies import LectureDQNPolicy, QNetwork
 
 #: What computes the same in training mode and in evaluation mode.
@@ -79,10 +80,14 @@ def hard_copy(parameters: list[th.Tensor], target_parameters: list[th.Tensor]) -
     """
     ψ = θ, all of it in one operation.
 
+    On one thread: it is too little for two, and PyTorch's second one goes on looking for work for a while, on a core that
+    something else could have.
+
     :param parameters: θ
     :param target_parameters: ψ
     """
-    th._foreach_copy_(target_parameters, parameters)
+    with threads_for(sum(map(th.Tensor.numel, parameters))):
+        th._foreach_copy_(target_parameters, parameters)
 
 
 def _batch_of(task: Task[th.Tensor], batch_size: int, index: int) -> th.Tensor:
