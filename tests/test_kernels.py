@@ -295,24 +295,121 @@ class Steps:
         metrics = self.update._compiled_steps(self.transitions, 16, 0.5)
         return metrics.tobytes() + self.update.gradient.numpy().tobytes() + self.update.theta.numpy().tobytes()
 
+    def second_thread_has_come(self) -> bool:
+        """Whether it has computed targets since this was asked before."""
+        written = [workspace.gradient for workspace in self.update._workspaces_for(16)[1]]
+        has_come = not any(np.isnan(gradient).any() for gradient in written)
+        for gradient in written:
+            gradient[:] = np.nan
+        return has_come
+
+    def is_second_thread_there(self) -> bool:
+        assert self.update._shared is not None
+        return bool(self.update._shared.presence[0] == kernels.HERE)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 600
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(1e-4)
+
 
 @pytest.mark.parametrize("net_arch", [[33], [64, 48], [40, 7, 33]])
-def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = Steps(net_arch).by(Work.NOTHING)
-    kernel, done_by_second = kernels.gradient_steps, []
+def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int]) -> None:
+    alone, by_two = Steps(net_arch), Steps(net_arch)
+    by_two.second_thread_has_come()
 
-    def begin_second(is_first_thread: bool, *args: Any) -> None:
-        progress = args[-1]
-        while is_first_thread and progress[0, 0] != kernels.DONE:  # until the second thread has computed the first targets
-            time.sleep(1e-4)
-        done_by_second.append((progress == kernels.DONE).sum() if is_first_thread else 0)
-        kernel(is_first_thread, *args)
-        assert not is_first_thread or (progress == kernels.DONE).all()
+    def are_made_by_both() -> bool:
+        assert by_two.by(Work.GRADIENTS) == alone.by(Work.NOTHING)
+        return by_two.second_thread_has_come()
 
-    monkeypatch.setattr(kernels, "gradient_steps", begin_second)
     for _ in range(20):
-        assert Steps(net_arch).by(Work.GRADIENTS) == expected
-    assert sum(done_by_second) >= 20
+        wait_until(are_made_by_both)
+
+
+def started_by(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
+    """What is given to the second thread from now on."""
+    started: list[Callable[[], Any]] = []
+    start = steps.update.second_thread.start
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, work: (started.append(call), start(call, work))[1])
+    return started
+
+
+def test_the_second_thread_stays_for_the_next_call_with_the_same_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gradient_steps", lambda is_first_thread, *_: is_first_thread or may_leave.wait(timeout=600))
+    steps, may_leave = Steps([24]), threading.Event()
+    started = started_by(steps, monkeypatch)
+    for _ in range(5):
+        steps.by(Work.GRADIENTS)
+        assert steps.is_second_thread_there()
+    assert len(started) == 1
+    may_leave.set()
+    wait_until(lambda: not steps.is_second_thread_there())
+    steps.by(Work.GRADIENTS)
+    assert len(started) == 2
+
+
+def test_the_second_thread_leaves_if_nothing_comes() -> None:
+    steps = Steps([24])
+    steps.by(Work.GRADIENTS)
+    wait_until(lambda: not steps.is_second_thread_there())
+
+
+def leave_nothing_to_it(steps: Steps) -> None:
+    steps.by(Work.NOTHING)
+
+
+def take_other_transitions(steps: Steps) -> None:
+    steps.transitions = Transitions(*steps.transitions)
+    steps.by(Work.NOTHING)
+
+
+def take_other_batches(steps: Steps) -> None:
+    steps.update._compiled_steps(steps.transitions, 32, None)
+
+
+def take_other_workspaces(steps: Steps) -> None:
+    steps.update._workspaces = []
+    steps.by(Work.NOTHING)
+
+
+def go_on_in_a_forked_process(steps: Steps) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 0)
+        steps.update._compiled_steps(steps.transitions, 16, None)
+
+
+def fail(steps: Steps) -> None:
+    steps.actions[7] = 2
+    with pytest.raises(IndexError):
+        steps.by(Work.GRADIENTS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        leave_nothing_to_it,
+        take_other_transitions,
+        take_other_batches,
+        take_other_workspaces,
+        go_on_in_a_forked_process,
+        fail,
+    ],
+)
+def test_the_second_thread_is_let_go_where_it_has_no_use(
+    change: Callable[[Steps], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps([24])
+    steps.by(Work.NOTHING)
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda *_: None)
+    steps.by(Work.GRADIENTS)
+    shared = steps.update._shared
+    assert shared is not None
+    assert shared.presence[0] == kernels.HERE
+    change(steps)
+    assert shared.presence[0] == kernels.GONE
+    assert (shared.progress == kernels.DONE).all()
 
 
 #: What a piece has come to, and whether a thread that comes then computes it.
@@ -368,30 +465,27 @@ def test_the_second_thread_waits_for_what_is_not_ready() -> None:
 
 
 def test_what_the_second_thread_gives_back_is_computed_by_the_first() -> None:
-    expected, steps = Steps([24, 40]).by(Work.NOTHING), Steps([24, 40])
-    begin, threads = steps.update.second_thread.start, []
-
-    def claim_and_give_back(call: Any, work: Work) -> Any:
-        """What happens where the second thread has claimed targets and then finds no memory for them."""
-        progress = call.args[-1]
-        progress[1, 0] = kernels.CLAIMED_BY_SECOND
-        threads.append(later(lambda: progress[1].__setitem__(0, kernels.READY)))
-        return begin(call, work)
-
-    steps.update.second_thread.start = claim_and_give_back  # type: ignore[method-assign]
-    assert steps.by(Work.NOTHING) == expected
-    threads[0].join()
+    steps = Steps([24])
+    pieces, targets = np.array([kernels.CLAIMED_BY_SECOND]), np.full((32, 1), np.nan, np.float32)
+    thread = later(lambda: pieces.__setitem__(0, kernels.READY))
+    scratch = steps.update._workspaces_for(16)[0]
+    kernels.td_targets_by_either(pieces, True, steps.update.compiled_target, scratch, steps.transitions, slice(16), targets)
+    thread.join()
+    assert pieces[0] == kernels.DONE
+    assert np.isnan(targets).sum() == 16
 
 
 def test_a_failure_of_the_second_thread_gives_back_what_it_has_claimed() -> None:
+    presence = np.array([kernels.HERE])
     progress = np.array([[kernels.DONE, kernels.CLAIMED_BY_FIRST], [kernels.CLAIMED_BY_SECOND, kernels.NOT_READY]])
 
     def fail() -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        compiled_update._help(fail, (), progress)
+        compiled_update._help(fail, (), presence, progress)
     assert progress.tolist() == [[kernels.DONE, kernels.CLAIMED_BY_FIRST], [kernels.READY, kernels.NOT_READY]]
+    assert presence[0] == kernels.GONE
 
 
 def test_another_clipping_counts_at_once_whatever_kind_of_number_it_is() -> None:
@@ -418,14 +512,13 @@ def test_the_second_thread_is_free_again_after_an_error() -> None:
 
 
 def test_a_second_thread_that_comes_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps([24, 40])
-    late: list[Callable[[], Any]] = []
-    start = steps.update.second_thread.start
-    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, work: (late.append(call), start(call, work))[1])
-    expected = steps.by(Work.NOTHING)
+    steps, late = Steps([24, 40]), []
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, _: late.append(call))
+    results = steps.by(Work.GRADIENTS)
+    assert steps.is_second_thread_there()
     late[0]()
-    results = steps.update.gradient.numpy().tobytes() + steps.update.theta.numpy().tobytes()
-    assert expected.endswith(results)
+    assert not steps.is_second_thread_there()
+    assert results.endswith(steps.update.gradient.numpy().tobytes() + steps.update.theta.numpy().tobytes())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -552,7 +645,7 @@ def test_without_a_compiler_pytorchs_operations_are_used(monkeypatch: pytest.Mon
 def test_work_for_several_threads_is_left_to_pytorch_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     kernel = kernels.gradient_steps
-    monkeypatch.setattr(kernels, "gradient_steps", lambda *args: (sizes.append(len(args[-3])), kernel(*args))[1])
+    monkeypatch.setattr(kernels, "gradient_steps", lambda *args: (sizes.append(len(args[-4])), kernel(*args))[1])
     model = LectureDQN("MlpPolicy", gymnasium.make("CartPole-v1"), learning_starts=0, seed=0)
     most_rows = SMALL_WORK // sum(parameter.numel() for parameter in model.q_net.parameters())
     model.learn(8)

@@ -80,17 +80,6 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
     assert lives_on.wait(timeout=600)
 
 
-def test_a_task_that_was_withdrawn_is_computed_by_nobody(used: SecondThread) -> None:
-    calls: list[str] = []
-    may_go_on, is_behind_it = threading.Event(), threading.Event()
-    used.start(may_go_on.wait, Work.GRADIENTS)
-    used.start(lambda: calls.append(this_thread()), Work.GRADIENTS).withdraw()
-    used.start(is_behind_it.set, Work.GRADIENTS)
-    may_go_on.set()
-    assert is_behind_it.wait(timeout=600)
-    assert calls == []
-
-
 def test_whoever_waits_for_several_tasks_waits_for_all_even_if_one_fails(used: SecondThread) -> None:
     ended: list[str] = []
 

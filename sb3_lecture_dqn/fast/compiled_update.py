@@ -1,11 +1,12 @@
 """The fast update on the CPU, compiled (:mod:`sb3_lecture_dqn.fast.kernels`)."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -70,12 +71,52 @@ def metrics_of_calls(results: Sequence[StepResults | np.ndarray]) -> th.Tensor:
     return parts[0] if len(parts) == 1 else th.cat(parts, dim=1)
 
 
-def _help(gradient_steps: Callable[..., None], arguments: tuple[Any, ...], progress: np.ndarray) -> None:
+class SharedArrays(NamedTuple):
+    """What both threads have in common in a training call, and in the next one if its transitions are in the same memory."""
+
+    process_id: int  # a process that was forked has a second thread of its own
+    workspaces: tuple[Workspace, ...]
+    transitions: Transitions
+    targets: np.ndarray
+    metrics: np.ndarray
+    presence: np.ndarray
+    progress: np.ndarray
+
+    @classmethod
+    def of(cls, workspaces: tuple[Workspace, ...], transitions: Transitions, n_updates: int) -> "SharedArrays":
+        """
+        New ones for the targets and the metrics.
+
+        :param workspaces: Memory for each hidden layer
+        :param transitions: Memory for the transitions of all batches
+        :param n_updates: Number of batches
+        :return: The arrays, with the second thread gone and nothing to do
+        """
+        targets, metrics = np.empty_like(transitions.rewards), np.empty((n_updates, 4), transitions.rewards.dtype)
+        presence, progress = np.full(1, kernels.GONE), np.full((n_updates, len(workspaces)), kernels.DONE)
+        return cls(os.getpid(), workspaces, transitions, targets, metrics, presence, progress)
+
+    def are_for(self, workspaces: tuple[Workspace, ...], transitions: Transitions, n_updates: int) -> bool:
+        """
+        Whether they are those of a training call.
+
+        :param workspaces: As for :meth:`of`
+        :param transitions: As for :meth:`of`
+        :param n_updates: As for :meth:`of`
+        :return: Whether the second thread, if it is still there, has them all
+        """
+        is_same = self.workspaces is workspaces and self.transitions is transitions
+        return is_same and len(self.metrics) == n_updates and self.process_id == os.getpid()
+
+
+def _help(gradient_steps: Callable[..., None], arguments: tuple[Any, ...], presence: np.ndarray, progress: np.ndarray) -> None:
     try:
         gradient_steps(*arguments)
     except BaseException:  # there is no memory left: the first thread tries it itself, and says so if it fails too
         progress[progress == kernels.CLAIMED_BY_SECOND] = kernels.READY
         raise
+    finally:
+        presence[0] = kernels.GONE
 
 
 def _tensors_of(samples: Any, transitions: Transitions | None) -> ReplayBufferSamples:
@@ -109,6 +150,7 @@ class CompiledUpdate(FastUpdate):
         self._are_heads_alike = self.compiled_head.shapes == self.compiled_target.shapes
         self._gradient_steps: Callable[..., None] | None = None  # made for the types that it is called with
         self._workspaces: list[tuple[Workspace, ...]] = []  # of either thread
+        self._shared: SharedArrays | None = None
         self._transitions: Transitions | None = None  # memory for those that are drawn
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
@@ -149,24 +191,44 @@ class CompiledUpdate(FastUpdate):
         """Call the kernel, in both threads where the second one is given something; gives the metrics."""
         assert isinstance(self.adam, CompiledAdam)  # _takes has looked
         workspaces, scratch_of_second = self._workspaces_for(batch_size)
-        n_updates, number = len(transitions.actions) // batch_size, self._flat_gradient.dtype
-        targets, metrics = np.empty_like(transitions.rewards), np.empty((n_updates, 4), number)
-        progress = np.full((n_updates, len(workspaces)), kernels.NOT_READY, np.int64)
-        progress[:, 0] = kernels.READY
+        shared = self._shared_for(workspaces, transitions, len(transitions.actions) // batch_size)
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
         settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else float(max_grad_norm)
-        shared = *heads, workspaces, *settings, transitions, targets, metrics, progress
+        of_both = *heads, workspaces, *settings, *shared[2:]
         if self._gradient_steps is None:
-            self._gradient_steps = kernels.entry_of(kernels.gradient_steps, (True, workspaces, *shared))
+            self._gradient_steps = kernels.entry_of(kernels.gradient_steps, (True, workspaces, *of_both))
         try:
-            help_with_it = partial(_help, self._gradient_steps, (False, scratch_of_second, *shared), progress)
-            task = self.second_thread.start(help_with_it, Work.GRADIENTS)
-            self._gradient_steps(True, workspaces, *shared)
-            task.withdraw()
+            self._call_second_thread(self._gradient_steps, (False, scratch_of_second, *of_both), shared)
+            self._gradient_steps(True, workspaces, *of_both)
         except BaseException:
-            progress[:] = kernels.DONE  # so that the second thread does not wait for what never comes
+            shared.progress[:] = kernels.DONE  # so that the second thread does not wait for what never comes
+            self._let_go()
             raise
-        return metrics
+        return shared.metrics.copy()
+
+    def _shared_for(self, workspaces: tuple[Workspace, ...], transitions: Transitions, n_updates: int) -> SharedArrays:
+        if self._shared is None or not self._shared.are_for(workspaces, transitions, n_updates):
+            self._let_go()
+            self._shared = SharedArrays.of(workspaces, transitions, n_updates)
+        return self._shared
+
+    def _let_go(self) -> None:
+        """The second thread need not stay for what it has: these arrays are not used again."""
+        if self._shared is not None:
+            self._shared.presence[0] = kernels.GONE
+        self._shared = None
+
+    def _call_second_thread(
+        self, gradient_steps: Callable[..., None], arguments: tuple[Any, ...], shared: SharedArrays
+    ) -> None:
+        """Have it help, if it is to be given something and is not still there."""
+        if not self.second_thread.is_given(Work.GRADIENTS):
+            shared.presence[0] = kernels.GONE
+        elif shared.presence[0] == kernels.GONE:
+            shared.presence[0] = kernels.HERE
+            self.second_thread.start(
+                partial(_help, gradient_steps, arguments, shared.presence, shared.progress), Work.GRADIENTS
+            )
 
     def _read(self, drawn: DrawnRows, gamma: float) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)

@@ -366,6 +366,10 @@ def _keep_core() -> None:
 _offer_core: Any = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else _keep_core
 #: So many looks at a piece come before that: whose turn it is then may be the thread that is waited for.
 PATIENCE = 1_000
+#: After so many looks for the next call's pieces, which take some milliseconds, the second thread does something else.
+STAY = 10_000
+#: Whether the second thread is expected to look.
+GONE, HERE = range(2)
 
 
 @compiled_once
@@ -382,6 +386,28 @@ def _is_done(progress: np.ndarray, piece: int) -> bool:
     """Whether nobody need do it any more; if the second thread is at it, wait until it is through or gives it back."""
     _wait_while(progress, piece, CLAIMED_BY_SECOND)
     return bool(_state(progress, piece) == DONE)
+
+
+@compiled_once
+def _open(progress: np.ndarray) -> None:
+    """Let all pieces of the steps be claimed, the weights' gradients when they are ready."""
+    for step in range(progress.shape[0]):
+        for piece in range(1, progress.shape[1]):
+            _set_state(progress[step], piece, NOT_READY)
+        _set_state(progress[step], 0, READY)
+
+
+@compiled_once
+def _are_opened(progress: np.ndarray, presence: np.ndarray) -> bool:
+    """Whether there are pieces again, for which the second thread waits a while, if it is expected to."""
+    n_looks = 0
+    while n_looks < STAY and _state(presence, 0) == HERE:
+        if _state(progress[0], 0) != DONE:
+            return True
+        n_looks += 1
+        if n_looks > PATIENCE:
+            _offer_core()
+    return False
 
 
 # --- The layers -------------------------------------------------------------------------------------------------------------
@@ -999,6 +1025,7 @@ def gradient_steps(
     transitions: "Transitions",
     targets: np.ndarray,
     metrics: np.ndarray,
+    presence: np.ndarray,
     progress: np.ndarray,
 ) -> None:
     """
@@ -1006,7 +1033,8 @@ def gradient_steps(
 
     A second thread that calls this with the same arrays takes pieces of it: the targets of a batch, and the gradients of the
     hidden layers' weights above the first. Who comes first to a piece claims it; the first thread waits for nothing that
-    nobody has claimed. Both run the same instructions, so that it makes no difference to the result who does what.
+    nobody has claimed. Both run the same instructions, so that it makes no difference to the result who does what. The second
+    thread stays for a while to help with the next call, if that is for the same arrays.
 
     :param is_first_thread: Whether this is the one that does all that the other has not claimed
     :param scratch: Memory for each hidden layer for the targets, the thread's own: of the first one, the workspaces
@@ -1019,27 +1047,32 @@ def gradient_steps(
     :param transitions: Those of one batch after the other, n · B rows
     :param targets: Where the targets are written, shape (n · B, 1)
     :param metrics: Where the loss, the mean Q(s, a, θ), the mean target and ‖gradient‖ of each step are written, shape (n, 4)
-    :param progress: Of each step's targets (``READY``) and of the weights of its hidden layers from the second on
-        (``NOT_READY``), shape (n, number of hidden layers); all ``DONE`` keeps the second thread from anything more
+    :param presence: ``HERE`` while the second thread should stay, shape (1,)
+    :param progress: What the targets of each step and the gradients of the weights of its hidden layers from the second on
+        have come to, shape (n, number of hidden layers); all ``DONE`` before and after the call
     :raises IndexError: if an action is none of the environment's; nothing is changed then
     """
     n_actions, n_steps = len(head.final_bias), len(metrics)
     if is_first_thread:
         check_actions(transitions.actions, n_actions)
+        _open(progress)
     batch_size = len(transitions.actions) // n_steps
     q_values = np.empty((batch_size, n_actions), targets.dtype)
-    for step in range(n_steps):
-        rows, pieces = slice(step * batch_size, (step + 1) * batch_size), progress[step]
-        features, actions = transitions.observations[rows], transitions.actions[rows]
+    while is_first_thread or _are_opened(progress, presence):
+        for step in range(n_steps):
+            rows, pieces = slice(step * batch_size, (step + 1) * batch_size), progress[step]
+            features, actions = transitions.observations[rows], transitions.actions[rows]
+            if is_first_thread:
+                forward_pass(head, workspaces, features, q_values)
+            td_targets_by_either(pieces, is_first_thread, target_head, scratch, transitions, rows, targets)
+            if is_first_thread:
+                backward_pass(head, gradients, workspaces, features, actions, targets[rows], q_values, features[:0], pieces)
+            weight_gradients_by_either(pieces, is_first_thread, workspaces, gradients)
+            if is_first_thread:
+                metrics[step, :3] = td_metrics(q_values, actions, targets[rows])
+                metrics[step, 3] = clipped_adam_step(adam, max_grad_norm)
         if is_first_thread:
-            forward_pass(head, workspaces, features, q_values)
-        td_targets_by_either(pieces, is_first_thread, target_head, scratch, transitions, rows, targets)
-        if is_first_thread:
-            backward_pass(head, gradients, workspaces, features, actions, targets[rows], q_values, features[:0], pieces)
-        weight_gradients_by_either(pieces, is_first_thread, workspaces, gradients)
-        if is_first_thread:
-            metrics[step, :3] = td_metrics(q_values, actions, targets[rows])
-            metrics[step, 3] = clipped_adam_step(adam, max_grad_norm)
+            return
 
 
 def is_compiling() -> bool:
@@ -1094,9 +1127,9 @@ def compile_for_steps(
     """
     read_transitions(stored, np.zeros(1, np.int64), transitions)
     adam, metrics = _adam_on(head.final_bias), np.zeros((1, 4), head.final_bias.dtype)
-    progress = np.full((1, len(workspaces)), DONE, np.int64)
-    heads = head, head, head
-    gradient_steps(False, workspaces, *heads, workspaces, adam, np.inf, transitions, transitions.rewards, metrics, progress)
+    targets, presence, progress = transitions.rewards, np.full(1, GONE), np.full((1, len(workspaces)), DONE)
+    of_both = head, head, head, workspaces, adam, np.inf, transitions, targets, metrics, presence, progress
+    gradient_steps(False, workspaces, *of_both)
 
 
 def _adam_on(numbers: np.ndarray) -> AdamArguments:

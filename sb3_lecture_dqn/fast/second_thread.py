@@ -70,11 +70,6 @@ class Task(Generic[T]):
             raise self._error
         return self._results[0]
 
-    def withdraw(self) -> None:
-        """Let nobody begin it from now on."""
-        if self._begun.acquire(blocking=False):
-            self._call = None
-
     def wait(self) -> None:
         """Wait for who has begun it."""
         with self._running:
@@ -165,6 +160,15 @@ class SecondThread:
         """Of a period, the training calls that decide about the others."""
         return self.repetitions * self.block * len(self.ways)
 
+    def is_given(self, work: Work) -> bool:
+        """
+        Whether the second thread may compute something now.
+
+        :param work: What it is
+        :return: Whether :meth:`start` gives it to the second thread
+        """
+        return work <= self._given
+
     def start(self, call: Callable[[], T], work: Work) -> Task[T]:
         """
         Have something computed.
@@ -174,7 +178,7 @@ class SecondThread:
         :return: Where to ask for the result
         """
         task = Task(call)
-        if work <= self._given:
+        if self.is_given(work):
             _queue(os.getpid()).put(task)
         return task
 
