@@ -27,7 +27,7 @@ from sb3_lecture_dqn.fast.compiled_head import CompiledHead
 from sb3_lecture_dqn.fast.compiled_update import CompiledAdam, CompiledUpdate
 from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.head import read_head
-from sb3_lecture_dqn.fast.second_thread import Work
+from sb3_lecture_dqn.fast.second_thread import Task, Work
 from sb3_lecture_dqn.fast.stored_transitions import Transitions
 from sb3_lecture_dqn.fast.threads import SMALL_WORK
 from sb3_lecture_dqn.fast.update import FastUpdate
@@ -278,13 +278,14 @@ def test_gradient_steps_in_one_call_are_those_of_the_plain_path(max_grad_norm: f
 class Steps:
     """Two gradient steps on the same transitions with the same network, by one thread or two."""
 
-    def __init__(self, net_arch: list[int]) -> None:
+    def __init__(self, net_arch: list[int], batch_size: int = 16) -> None:
         model, _ = small_head(th.float32, net_arch)
         update = CompiledUpdate.for_policy(model.policy)
         assert isinstance(update, CompiledUpdate)
         self.update = update
-        self.observations, self.next_observations = random(2 * 16, 4, dtype=np.float32), random(32, 4, dtype=np.float32) ** 2
-        self.actions, self.rewards = np.arange(2 * 16)[:, None] % 2, random(2 * 16, 1, dtype=np.float32)
+        n_rows, self.batch_size = 2 * batch_size, batch_size
+        self.observations, self.next_observations = (random(n_rows, 4, dtype=np.float32) ** power for power in (1, 2))
+        self.actions, self.rewards = np.arange(n_rows)[:, None] % 2, random(n_rows, 1, dtype=np.float32)
         zeros = np.zeros_like(self.rewards)
         arrays = (self.observations, self.actions, self.next_observations, zeros, self.rewards, zeros + 0.9)
         self.transitions = Transitions(*arrays)
@@ -292,12 +293,25 @@ class Steps:
     def by(self, work: Work) -> bytes:
         """All results of both steps, with some work given to the second thread."""
         self.update.second_thread._given = work
-        metrics = self.update._compiled_steps(self.transitions, 16, 0.5)
+        metrics = self.update._compiled_steps(self.transitions, self.batch_size, 0.5)
         return metrics.tobytes() + self.update.gradient.numpy().tobytes() + self.update.theta.numpy().tobytes()
+
+    def by_second_thread(self, presence: int, progress: np.ndarray) -> None:
+        """What the second thread does where this has come to something, until it leaves."""
+        workspaces, scratch = self.update._workspaces_for(self.batch_size)
+        heads = self.update.compiled_head, self.update.compiled_target, self.update.compiled_gradients
+        assert isinstance(self.update.adam, CompiledAdam)
+        settings, targets, metrics = (
+            (self.update.adam.for_kernels(), 0.5),
+            np.zeros_like(self.rewards),
+            np.zeros((2, 4), np.float32),
+        )
+        of_both = *heads, workspaces, *settings, self.transitions, targets, metrics, np.array([presence]), progress
+        kernels.gradient_steps(False, scratch, *of_both)
 
     def second_thread_has_come(self) -> bool:
         """Whether it has computed targets since this was asked before."""
-        written = [workspace.gradient for workspace in self.update._workspaces_for(16)[1]]
+        written = [workspace.gradient for workspace in self.update._workspaces_for(self.batch_size)[1]]
         has_come = not any(np.isnan(gradient).any() for gradient in written)
         for gradient in written:
             gradient[:] = np.nan
@@ -317,10 +331,50 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("net_arch", [[33], [64, 48], [40, 7, 33]])
 def test_it_makes_no_difference_which_thread_computes_a_piece(net_arch: list[int]) -> None:
-    alone, by_two = Steps(net_arch), Steps(net_arch)
+    alone, by_two = (Steps(net_arch, batch_size=2048) for _ in range(2))  # which takes long enough for both to come
     by_two.second_thread_has_come()
 
     def are_made_by_both() -> bool:
+        assert by_two.by(Work.GRADIENTS) == alone.by(Work.NOTHING)
+        return by_two.second_thread_has_come()
+
+    for _ in range(20):
+        wait_until(are_made_by_both)
+
+
+@pytest.mark.parametrize("net_arch", [[33], [64, 48], [40, 7, 33]])
+@pytest.mark.parametrize(("presence", "left"), [(kernels.HERE, kernels.DONE), (kernels.GONE, kernels.READY)])
+def test_the_second_thread_does_all_that_is_ready_unless_it_should_leave(
+    net_arch: list[int], presence: int, left: int
+) -> None:
+    progress = np.full((2, len(net_arch)), kernels.READY)
+    steps = Steps(net_arch)
+    steps.by(Work.NOTHING)
+    steps.by_second_thread(presence, progress)
+    assert (progress == left).all()
+
+
+def test_the_second_thread_waits_a_while_for_the_next_call() -> None:
+    progress = np.full((2, 1), kernels.DONE)
+    steps = Steps([24])
+    for _ in range(1000):  # it stays some milliseconds, in which the other thread may not come
+        thread = threading.Thread(target=lambda: progress.fill(kernels.READY))
+        thread.start()
+        steps.by_second_thread(kernels.HERE, progress)
+        thread.join()
+        if (progress == kernels.DONE).all():
+            break
+    assert (progress == kernels.DONE).all()
+
+
+def test_other_transitions_are_not_those_that_the_second_thread_has_stayed_for() -> None:
+    alone, by_two = (Steps([64, 48], batch_size=2048) for _ in range(2))
+    by_two.second_thread_has_come()
+
+    def are_made_by_both() -> bool:
+        for steps in (alone, by_two):
+            observations = steps.observations, steps.transitions.next_observations[::-1].copy()
+            steps.transitions = steps.transitions._replace(observations=observations[0], next_observations=observations[1])
         assert by_two.by(Work.GRADIENTS) == alone.by(Work.NOTHING)
         return by_two.second_thread_has_come()
 
@@ -332,7 +386,7 @@ def started_by(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[
     """What is given to the second thread from now on."""
     started: list[Callable[[], Any]] = []
     start = steps.update.second_thread.start
-    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, work: (started.append(call), start(call, work))[1])
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda *args: (started.append(args[0]), start(*args))[1])
     return started
 
 
@@ -361,8 +415,7 @@ def leave_nothing_to_it(steps: Steps) -> None:
 
 
 def take_other_transitions(steps: Steps) -> None:
-    steps.transitions = Transitions(*steps.transitions)
-    steps.by(Work.NOTHING)
+    steps.update._compiled_steps(Transitions(*steps.transitions), 16, None)
 
 
 def take_other_batches(steps: Steps) -> None:
@@ -371,7 +424,7 @@ def take_other_batches(steps: Steps) -> None:
 
 def take_other_workspaces(steps: Steps) -> None:
     steps.update._workspaces = []
-    steps.by(Work.NOTHING)
+    steps.update._compiled_steps(steps.transitions, 16, None)
 
 
 def go_on_in_a_forked_process(steps: Steps) -> None:
@@ -380,9 +433,19 @@ def go_on_in_a_forked_process(steps: Steps) -> None:
         steps.update._compiled_steps(steps.transitions, 16, None)
 
 
-def fail(steps: Steps) -> None:
+def take_an_action_that_there_is_not(steps: Steps) -> None:
     steps.actions[7] = 2
     with pytest.raises(IndexError):
+        steps.by(Work.GRADIENTS)
+
+
+def run_out_of_memory(steps: Steps) -> None:
+    def fail(*args: Any) -> None:
+        args[-1][:] = kernels.READY
+        raise MemoryError
+
+    steps.update._gradient_steps = fail
+    with pytest.raises(MemoryError):
         steps.by(Work.GRADIENTS)
 
 
@@ -394,15 +457,17 @@ def fail(steps: Steps) -> None:
         take_other_batches,
         take_other_workspaces,
         go_on_in_a_forked_process,
-        fail,
+        take_an_action_that_there_is_not,
+        run_out_of_memory,
     ],
 )
 def test_the_second_thread_is_let_go_where_it_has_no_use(
     change: Callable[[Steps], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Steps([24])
+    steps, has_begun = Steps([24]), []
     steps.by(Work.NOTHING)
-    monkeypatch.setattr(steps.update.second_thread, "start", lambda *_: None)
+    task = Task(lambda: has_begun.append(True))
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda *_: task)
     steps.by(Work.GRADIENTS)
     shared = steps.update._shared
     assert shared is not None
@@ -410,6 +475,8 @@ def test_the_second_thread_is_let_go_where_it_has_no_use(
     change(steps)
     assert shared.presence[0] == kernels.GONE
     assert (shared.progress == kernels.DONE).all()
+    task.run()
+    assert not has_begun
 
 
 #: What a piece has come to, and whether a thread that comes then computes it.
@@ -513,7 +580,7 @@ def test_the_second_thread_is_free_again_after_an_error() -> None:
 
 def test_a_second_thread_that_comes_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, late = Steps([24, 40]), []
-    monkeypatch.setattr(steps.update.second_thread, "start", lambda call, _: late.append(call))
+    monkeypatch.setattr(steps.update.second_thread, "start", lambda *args: late.append(args[0]))
     results = steps.by(Work.GRADIENTS)
     assert steps.is_second_thread_there()
     late[0]()

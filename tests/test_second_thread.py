@@ -80,6 +80,17 @@ def test_an_error_is_raised_where_the_result_is_asked_for(used: SecondThread) ->
     assert lives_on.wait(timeout=600)
 
 
+def test_a_task_that_was_withdrawn_is_computed_by_nobody(used: SecondThread) -> None:
+    calls: list[str] = []
+    may_go_on, is_behind_it = threading.Event(), threading.Event()
+    used.start(may_go_on.wait, Work.GRADIENTS)
+    used.start(lambda: calls.append(this_thread()), Work.GRADIENTS).withdraw()
+    used.start(is_behind_it.set, Work.GRADIENTS)
+    may_go_on.set()
+    assert is_behind_it.wait(timeout=600)
+    assert calls == []
+
+
 def test_whoever_waits_for_several_tasks_waits_for_all_even_if_one_fails(used: SecondThread) -> None:
     ended: list[str] = []
 
@@ -175,6 +186,23 @@ used._given = Work.GRADIENTS
 used.start(lambda: None, Work.TARGETS).result()
 print_the_threads()
 """
+
+
+STAYING_AT_THE_END = """
+import threading
+from sb3_lecture_dqn.fast.second_thread import SecondThread, Work
+
+used, has_come, may_leave = SecondThread(), threading.Event(), threading.Event()
+used._given = Work.GRADIENTS
+used.start(lambda: (has_come.set(), may_leave.wait(), print("left")), Work.GRADIENTS, may_leave.set)
+has_come.wait(timeout=600)
+used.start(lambda: print("not begun"), Work.GRADIENTS)
+"""
+
+
+def test_what_waits_for_more_to_do_leaves_when_python_ends_the_process() -> None:
+    run = subprocess.run([sys.executable, "-c", STAYING_AT_THE_END], capture_output=True, text=True, check=True, timeout=600)
+    assert run.stdout.split() == ["left"]
 
 
 def test_it_has_ended_when_python_ends_the_process() -> None:

@@ -17,7 +17,7 @@ from sb3_lecture_dqn.fast.adam import FlatAdam
 from sb3_lecture_dqn.fast.compiled_head import CompiledHead, Workspace
 from sb3_lecture_dqn.fast.compiling import Use, can_compile
 from sb3_lecture_dqn.fast.device_copy import DrawnRows
-from sb3_lecture_dqn.fast.second_thread import Work
+from sb3_lecture_dqn.fast.second_thread import Task, Work
 from sb3_lecture_dqn.fast.stored_transitions import StoredTransitions, Transitions
 from sb3_lecture_dqn.fast.update import FastUpdate, StepResults, TargetsOf, metrics_of_results
 from sb3_lecture_dqn.policies import LectureDQNPolicy
@@ -96,17 +96,16 @@ class SharedArrays(NamedTuple):
         presence, progress = np.full(1, kernels.GONE), np.full((n_updates, len(workspaces)), kernels.DONE)
         return cls(os.getpid(), workspaces, transitions, targets, metrics, presence, progress)
 
-    def are_for(self, workspaces: tuple[Workspace, ...], transitions: Transitions, n_updates: int) -> bool:
+    def are_for(self, workspaces: tuple[Workspace, ...], transitions: Transitions) -> bool:
         """
         Whether they are those of a training call.
 
         :param workspaces: As for :meth:`of`
         :param transitions: As for :meth:`of`
-        :param n_updates: As for :meth:`of`
-        :return: Whether the second thread, if it is still there, has them all
+        :return: Whether the second thread, if it is still there, has all arrays that it needs
         """
         is_same = self.workspaces is workspaces and self.transitions is transitions
-        return is_same and len(self.metrics) == n_updates and self.process_id == os.getpid()
+        return is_same and self.process_id == os.getpid()
 
 
 def _help(gradient_steps: Callable[..., None], arguments: tuple[Any, ...], presence: np.ndarray, progress: np.ndarray) -> None:
@@ -151,6 +150,7 @@ class CompiledUpdate(FastUpdate):
         self._gradient_steps: Callable[..., None] | None = None  # made for the types that it is called with
         self._workspaces: list[tuple[Workspace, ...]] = []  # of either thread
         self._shared: SharedArrays | None = None
+        self._task: Task[None] | None = None  # what has the second thread come
         self._transitions: Transitions | None = None  # memory for those that are drawn
 
     def _make_adam(self, optimizer: th.optim.Adam) -> FlatAdam:
@@ -208,28 +208,36 @@ class CompiledUpdate(FastUpdate):
         return shared.metrics.copy()
 
     def _shared_for(self, workspaces: tuple[Workspace, ...], transitions: Transitions, n_updates: int) -> SharedArrays:
-        if self._shared is None or not self._shared.are_for(workspaces, transitions, n_updates):
+        if self._shared is None or not self._shared.are_for(workspaces, transitions):
             self._let_go()
             self._shared = SharedArrays.of(workspaces, transitions, n_updates)
         return self._shared
 
     def _let_go(self) -> None:
-        """The second thread need not stay for what it has: these arrays are not used again."""
+        """These arrays are not used again."""
         if self._shared is not None:
-            self._shared.presence[0] = kernels.GONE
+            self._dismiss(self._shared)
         self._shared = None
+
+    def _dismiss(self, shared: SharedArrays) -> None:
+        """The second thread need not stay for these arrays, nor come for them if it has not yet."""
+        shared.presence[0] = kernels.GONE
+        if self._task is not None:
+            self._task.withdraw()
+        self._task = None
 
     def _call_second_thread(
         self, gradient_steps: Callable[..., None], arguments: tuple[Any, ...], shared: SharedArrays
     ) -> None:
         """Have it help, if it is to be given something and is not still there."""
         if not self.second_thread.is_given(Work.GRADIENTS):
-            shared.presence[0] = kernels.GONE
+            self._dismiss(shared)
         elif shared.presence[0] == kernels.GONE:
+            # who leaves just now may still write GONE behind this, which costs a call's help
             shared.presence[0] = kernels.HERE
-            self.second_thread.start(
-                partial(_help, gradient_steps, arguments, shared.presence, shared.progress), Work.GRADIENTS
-            )
+            help_with_it = partial(_help, gradient_steps, arguments, shared.presence, shared.progress)
+            leave = partial(shared.presence.fill, kernels.GONE)
+            self._task = self.second_thread.start(help_with_it, Work.GRADIENTS, leave)
 
     def _read(self, drawn: DrawnRows, gamma: float) -> Transitions:
         stored, n_rows = drawn.records, len(drawn.indices)

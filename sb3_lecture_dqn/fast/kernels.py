@@ -366,9 +366,9 @@ def _keep_core() -> None:
 _offer_core: Any = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else _keep_core
 #: So many looks at a piece come before that: whose turn it is then may be the thread that is waited for.
 PATIENCE = 1_000
-#: After so many looks for the next call's pieces, which take some milliseconds, the second thread does something else.
+#: After so many looks for the next call's pieces the second thread leaves: some milliseconds, if nobody else wants its core.
 STAY = 10_000
-#: Whether the second thread is expected to look.
+#: Whether the second thread may leave at once, or has been called and should stay a while.
 GONE, HERE = range(2)
 
 
@@ -399,7 +399,7 @@ def _open(progress: np.ndarray) -> None:
 
 @compiled_once
 def _are_opened(progress: np.ndarray, presence: np.ndarray) -> bool:
-    """Whether there are pieces again, for which the second thread waits a while, if it is expected to."""
+    """Whether there are pieces again, for which the second thread waits a while, if it should stay."""
     n_looks = 0
     while n_looks < STAY and _state(presence, 0) == HERE:
         if _state(progress[0], 0) != DONE:
@@ -1034,7 +1034,8 @@ def gradient_steps(
     A second thread that calls this with the same arrays takes pieces of it: the targets of a batch, and the gradients of the
     hidden layers' weights above the first. Who comes first to a piece claims it; the first thread waits for nothing that
     nobody has claimed. Both run the same instructions, so that it makes no difference to the result who does what. The second
-    thread stays for a while to help with the next call, if that is for the same arrays.
+    thread stays for a while to help with the next call, if that is for the same arrays. Adam's settings and the clipping may
+    be others then, so it looks at none of them.
 
     :param is_first_thread: Whether this is the one that does all that the other has not claimed
     :param scratch: Memory for each hidden layer for the targets, the thread's own: of the first one, the workspaces
@@ -1073,6 +1074,7 @@ def gradient_steps(
                 metrics[step, 3] = clipped_adam_step(adam, max_grad_norm)
         if is_first_thread:
             return
+        _wait_while(progress[0], 0, CLAIMED_BY_FIRST)  # it is not yet done with what the second thread looks for next
 
 
 def is_compiling() -> bool:

@@ -31,10 +31,12 @@ class Task(Generic[T]):
     What a ``concurrent.futures.Future`` is that gets cancelled where it has not begun, in less than half of the time.
 
     :param call: What computes it
+    :param leave: Makes the call end soon, if it would otherwise wait for more to do
     """
 
-    def __init__(self, call: Callable[[], T]) -> None:
+    def __init__(self, call: Callable[[], T], leave: Callable[[], None] = lambda: None) -> None:
         self._call: Callable[[], T] | None = call
+        self.leave = leave
         self._begun, self._running = threading.Lock(), threading.Lock()
         self._running.acquire()
         self._results: list[T] = []
@@ -70,6 +72,11 @@ class Task(Generic[T]):
             raise self._error
         return self._results[0]
 
+    def withdraw(self) -> None:
+        """Let nobody begin it from now on."""
+        if self._begun.acquire(blocking=False):
+            self._call = None
+
     def wait(self) -> None:
         """Wait for who has begun it."""
         with self._running:
@@ -97,13 +104,17 @@ def wait_for_all(tasks: Sequence[Task[Any]]) -> None:
 def _queue(process_id: int) -> "SimpleQueue[Task[Any] | None]":
     """The tasks of the second thread. A process has one; a forked process has its parent's variables, but not its threads."""
     tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
-    has_begun = threading.Event()
+    has_begun, is_ending = threading.Event(), threading.Event()
+    newest: list[Task[Any]] = []
 
     @th.inference_mode()
     def work() -> None:
         th.get_num_threads()  # PyTorch gives this thread the number of threads that is set now, which is one
         has_begun.set()
         while (task := tasks.get()) is not None:
+            newest[:] = [task]
+            if is_ending.is_set():
+                return
             task.run()
 
     thread = threading.Thread(target=work, name="lecture_dqn_second_thread", daemon=True)
@@ -112,7 +123,10 @@ def _queue(process_id: int) -> "SimpleQueue[Task[Any] | None]":
 
     @atexit.register
     def end() -> None:  # PyTorch aborts a process that Python ends while another thread is still at work
+        is_ending.set()
         tasks.put(None)
+        for task in newest:
+            task.leave()
         thread.join()
 
     return tasks
@@ -169,15 +183,16 @@ class SecondThread:
         """
         return work <= self._given
 
-    def start(self, call: Callable[[], T], work: Work) -> Task[T]:
+    def start(self, call: Callable[[], T], work: Work, leave: Callable[[], None] = lambda: None) -> Task[T]:
         """
         Have something computed.
 
         :param call: What computes it
         :param work: What it is
+        :param leave: As of :class:`Task`
         :return: Where to ask for the result
         """
-        task = Task(call)
+        task = Task(call, leave)
         if self.is_given(work):
             _queue(os.getpid()).put(task)
         return task
