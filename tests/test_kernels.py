@@ -350,16 +350,17 @@ def test_the_second_thread_does_what_is_ready_unless_it_should_leave(net_arch: l
 
 
 def test_the_second_thread_waits_a_while_for_the_next_call() -> None:
-    progress = np.full((2, 1), kernels.DONE)
     steps = Steps([24])
-    for _ in range(1000):  # it stays some milliseconds, in which the other thread may not come
-        thread = threading.Thread(target=lambda: progress.fill(kernels.READY))
+    for _ in range(1000):  # it stays some milliseconds, in which this thread may not come
+        progress = np.full((2, 1), kernels.READY)
+        thread = threading.Thread(target=steps.by_second_thread, args=(kernels.HERE, progress))
         thread.start()
-        steps.by_second_thread(kernels.HERE, progress)
+        wait_until(lambda progress=progress: (progress == kernels.DONE).all())  # type: ignore[misc]
+        progress.fill(kernels.READY)
         thread.join()
         if (progress == kernels.DONE).all():
-            break
-    assert (progress == kernels.DONE).all()
+            return
+    pytest.fail("it did not stay")
 
 
 def test_other_transitions_are_not_those_that_the_second_thread_has_stayed_for() -> None:
