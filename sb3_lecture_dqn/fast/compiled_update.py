@@ -77,6 +77,7 @@ class SharedArrays(NamedTuple):
     process_id: int  # a process that was forked has a second thread of its own
     workspaces: tuple[Workspace, ...]
     transitions: Transitions
+    # as kernels.gradient_steps has them
     targets: np.ndarray
     metrics: np.ndarray
     presence: np.ndarray
@@ -194,8 +195,8 @@ class CompiledUpdate(FastUpdate):
         shared = self._shared_for(workspaces, transitions, len(transitions.actions) // batch_size)
         heads = self.compiled_head, self.compiled_target, self.compiled_gradients
         settings = self.adam.for_kernels(), math.inf if max_grad_norm is None else float(max_grad_norm)
-        of_calls = transitions, shared.targets, shared.metrics, shared.presence, shared.progress
-        of_both = *heads, workspaces, *settings, *of_calls
+        results = shared.targets, shared.metrics
+        of_both = *heads, workspaces, *settings, transitions, *results, shared.presence, shared.progress
         if self._gradient_steps is None:
             self._gradient_steps = kernels.entry_of(kernels.gradient_steps, (True, workspaces, *of_both))
         try:
